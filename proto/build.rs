@@ -1,0 +1,22 @@
+//! Compiles the protos in Rust, so that no protoc needs to be installed.
+
+use std::{env, error::Error, fs, path::PathBuf};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    const PROTOS: [&str; 4] = ["work_request", "image", "instance", "host"];
+    println!("cargo::rerun-if-changed=proto");
+
+    let files = PROTOS.map(|name| format!("proto/imaged/v1/{name}.proto"));
+    let descriptors = protox::compile(files, ["proto"])?;
+
+    // For server reflection.
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    fs::write(out.join("imaged.binpb"), encode(&descriptors))?;
+
+    tonic_prost_build::configure().compile_fds(descriptors)?;
+    Ok(())
+}
+
+fn encode(descriptors: &prost_types::FileDescriptorSet) -> Vec<u8> {
+    prost::Message::encode_to_vec(descriptors)
+}

@@ -1,0 +1,224 @@
+//! Long-running operations as their users see them.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::{CompartmentId, Timestamp, WorkRequestId};
+
+/// A work request, as the journal keeps it and the API shows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WorkRequest {
+    /// Its OCID.
+    pub id: WorkRequestId,
+    /// What it does.
+    pub operation: Operation,
+    /// How far it is.
+    pub status: Status,
+    /// Where it belongs.
+    pub compartment_id: CompartmentId,
+    /// What it works on.
+    pub resources: Vec<Resource>,
+    /// What it does now.
+    pub phase: Phase,
+    /// How much of it is done.
+    pub progress: Progress,
+    /// When it was accepted.
+    pub time_accepted: Timestamp,
+    /// When work on it began.
+    pub time_started: Option<Timestamp>,
+    /// When it ended.
+    pub time_finished: Option<Timestamp>,
+    /// Why it failed.
+    pub errors: Vec<ErrorEntry>,
+    /// What is worth telling, oldest first.
+    pub logs: Vec<LogEntry>,
+    /// Who asked.
+    pub requested_by: String,
+    /// What the asker calls this request, so that asking twice is asking
+    /// once.
+    pub retry: Option<Retry>,
+}
+
+/// A retry token and what it was first used for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retry {
+    /// The token, scoped to its user.
+    pub token: String,
+    /// BLAKE3 of the request, in hex: the same token with another request is
+    /// an error.
+    pub fingerprint: String,
+}
+
+/// What a work request does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Operation {
+    /// Makes an image.
+    CreateImage,
+    /// Recomputes an image's digests.
+    VerifyImage,
+}
+
+/// OCI's status of a work request.
+///
+/// ```text
+/// Accepted ──► InProgress ──► Succeeded
+///    │             │  └─────► Failed
+///    └──► Canceling ──► Canceled
+/// ```
+/// Canceling may still end in Succeeded or Failed, when the end came first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Status {
+    /// Queued.
+    Accepted,
+    /// Being worked on.
+    InProgress,
+    /// Done.
+    Succeeded,
+    /// Ended by an error; everything was undone.
+    Failed,
+    /// Asked to end.
+    Canceling,
+    /// Ended because it was asked to; everything was undone.
+    Canceled,
+}
+
+impl Status {
+    /// Whether nothing will change any more.
+    #[must_use]
+    pub const fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed | Self::Canceled)
+    }
+}
+
+/// What a work request does now, in the order in which it happens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Waits for a place.
+    Queued,
+    /// May this be done?
+    Preflight,
+    /// Reads, encodes and stores.
+    Read,
+    /// Makes the image exist.
+    Seal,
+    /// Recomputes digests.
+    Verify,
+    /// Over.
+    Done,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Queued => "queued",
+            Self::Preflight => "preflight",
+            Self::Read => "read",
+            Self::Seal => "seal",
+            Self::Verify => "verify",
+            Self::Done => "done",
+        })
+    }
+}
+
+/// Counts of bytes of the volume, but `stored`: bytes of the object.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// The volume's size; 0 until it is known.
+    pub total: u64,
+    /// Read so far.
+    pub read: u64,
+    /// Known to be zeroes without reading.
+    pub skipped: u64,
+    /// Stored so far.
+    pub stored: u64,
+    /// Read or skipped a second, over the last seconds.
+    pub per_second: u64,
+}
+
+impl Progress {
+    /// 0 to 100.
+    #[must_use]
+    #[allow(clippy::cast_precision_loss, reason = "a percentage")]
+    pub fn percent(&self) -> f32 {
+        match self.total {
+            0 => 0.0,
+            total => ((self.read + self.skipped) as f32 / total as f32 * 100.0).min(100.0),
+        }
+    }
+
+    /// Seconds to the end at this rate, where there is a rate.
+    #[must_use]
+    pub fn eta_seconds(&self) -> Option<u64> {
+        let left = self.total.saturating_sub(self.read + self.skipped);
+        left.checked_div(self.per_second)
+    }
+}
+
+/// Something that a work request is about.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resource {
+    /// What the work does to it.
+    pub action: Action,
+    /// `image`, `instance` or `volume`.
+    pub entity_type: EntityType,
+    /// OCID, or path of a volume.
+    pub identifier: String,
+}
+
+/// Kinds of resources.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EntityType {
+    /// An image.
+    Image,
+    /// An instance.
+    Instance,
+    /// A volume.
+    Volume,
+}
+
+impl fmt::Display for EntityType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Image => "image",
+            Self::Instance => "instance",
+            Self::Volume => "volume",
+        })
+    }
+}
+
+/// OCI's action types.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Action {
+    /// It exists because of the work.
+    Created,
+    /// The work is making it.
+    InProgress,
+    /// The work only looks at it.
+    Related,
+}
+
+/// Why a work request failed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorEntry {
+    /// The reason's code, e.g. `VOLUME_HELD`.
+    pub code: String,
+    /// One sentence, then its causes, one a line, then what to do.
+    pub message: String,
+    /// When.
+    pub time: Timestamp,
+}
+
+/// Something worth telling.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogEntry {
+    /// One sentence.
+    pub message: String,
+    /// When.
+    pub time: Timestamp,
+}

@@ -1,0 +1,259 @@
+//! What the work needs from the world, as narrow traits.
+//!
+//! The work holds `Arc<dyn …>` of these; adapters implement them over real
+//! parts and `sim` over memory. Calls are coarse, so boxed futures cost
+//! nothing that shows. Retry and throttle are wrappers around a port, never
+//! inside an adapter.
+
+use std::{
+    fmt,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::mpsc::SyncSender,
+};
+
+pub use futures_util::future::BoxFuture;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    error::Result,
+    model::{
+        ByteSize, ImageId, Timestamp,
+        host::Space,
+        image::{Manifest, ObjectDigest, Record},
+        instance::{Instance, PowerState},
+        work_request::WorkRequest,
+    },
+};
+
+/// Time and chance.
+pub trait Clock: Send + Sync + fmt::Debug {
+    /// The wall clock.
+    fn now(&self) -> Timestamp;
+    /// 128 bits that nobody can guess.
+    fn random(&self) -> u128;
+}
+
+/// What runs the instances.
+pub trait Hypervisor: Send + Sync + fmt::Debug {
+    /// Whether `instance` runs. Never fails: what cannot be determined is
+    /// [`PowerState::Unknown`]. Bounded to a few seconds.
+    fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState>;
+}
+
+/// The volumes of this host.
+pub trait Volumes: Send + Sync + fmt::Debug {
+    /// Opens the volume at `path` for reading and keeps everyone else from
+    /// writing to it until the answer is dropped.
+    ///
+    /// # Errors
+    ///
+    /// `VOLUME_NOT_ALLOWED`, `VOLUME_NOT_FOUND`, `VOLUME_UNUSABLE`,
+    /// `VOLUME_EMPTY`, `VOLUME_HELD` (naming the holder) and
+    /// `VOLUME_UNAVAILABLE`.
+    fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>>;
+}
+
+/// A volume that nothing else writes to.
+pub trait HeldVolume: Send + fmt::Debug {
+    /// What it is.
+    fn facts(&self) -> &VolumeFacts;
+
+    /// Reads the whole volume and sends it as pieces that cover it exactly
+    /// once. Holes come in order; extents may overtake each other and
+    /// everything, by a bounded number of places.
+    ///
+    /// Blocks: call it on a thread of its own. Stops soon after `stop` is
+    /// cancelled or the receiver is gone, with every read that the kernel
+    /// holds taken back first.
+    ///
+    /// # Errors
+    ///
+    /// `READ_FAILED`, naming device and offset; `CANCELED` after `stop`.
+    fn read(&mut self, pieces: &SyncSender<Piece>, stop: &CancellationToken) -> Result<()>;
+}
+
+/// What is known of a volume before it is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VolumeFacts {
+    /// Its path, with symbolic links resolved.
+    pub path: PathBuf,
+    /// Its exact size; no multiple of anything.
+    pub size: ByteSize,
+    /// Bytes in a sector: offsets and lengths of direct reads are multiples.
+    pub sector_size: u32,
+    /// What may hold anything but zeroes: ascending, disjoint, not empty,
+    /// within the size. The whole volume where the kernel tells no map.
+    pub data: Vec<Range<u64>>,
+}
+
+impl VolumeFacts {
+    /// Sum of the ranges that may hold data.
+    #[must_use]
+    pub fn data_size(&self) -> ByteSize {
+        ByteSize(self.data.iter().map(|range| range.end - range.start).sum())
+    }
+}
+
+/// A stretch of a volume, in whole extents (the volume's last may be short).
+#[derive(Debug)]
+pub enum Piece {
+    /// The bytes of one extent.
+    Data(Extent),
+    /// `count` extents of zeroes from `first` on, known without reading.
+    Zeroes {
+        /// Index of the first extent.
+        first: u64,
+        /// How many.
+        count: u64,
+    },
+}
+
+/// The bytes of one extent. Dropping it gives the buffer back to the reader.
+pub struct Extent {
+    /// Offset in the volume over the extent's size.
+    pub index: u64,
+    /// Its bytes: an extent's size, less only at the volume's end.
+    pub bytes: Box<dyn AsRef<[u8]> + Send>,
+}
+
+impl fmt::Debug for Extent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Extent({}, {} bytes)", self.index, (*self.bytes).as_ref().len())
+    }
+}
+
+/// A place where images are kept.
+pub trait ObjectStore: Send + Sync + fmt::Debug {
+    /// Its name in the configuration.
+    fn name(&self) -> &str;
+    /// `directory`, `s3`, …
+    fn kind(&self) -> &'static str;
+    /// Where it is, without any secret.
+    fn location(&self) -> String;
+    /// Room, where the store can tell. An error: the store does not answer.
+    fn space(&self) -> BoxFuture<'_, Result<Option<Space>>>;
+
+    /// Begins the upload of one image. Nothing is visible before
+    /// [`Upload::seal`].
+    ///
+    /// # Errors
+    ///
+    /// `STORE_UNAVAILABLE`, `STORE_FULL`.
+    fn begin<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Box<dyn Upload>>>;
+    /// Removes what dead uploads of this host left. To be called before any
+    /// upload begins. Returns how many there were.
+    fn sweep(&self) -> BoxFuture<'_, Result<usize>>;
+
+    /// Every whole image, in no order. An image whose manifest cannot be
+    /// understood is left out with a warning.
+    fn list(&self) -> BoxFuture<'_, Result<Vec<(Manifest, Record)>>>;
+    /// One whole image; `None` when there is none.
+    fn get<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Option<(Manifest, Record)>>>;
+    /// Opens an image's object.
+    fn open<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Box<dyn ObjectReader>>>;
+    /// The digests of an image's extents, 32 bytes each, in order.
+    fn extent_digests<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Vec<u8>>>;
+    /// Removes an image: first from sight, then its bytes. Removing what is
+    /// not there is success.
+    fn delete<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Delete>>;
+}
+
+/// What a deletion changed.
+#[must_use]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Delete {
+    /// The image was there and is gone.
+    Deleted,
+    /// There was none.
+    AlreadyDeleted,
+}
+
+/// An upload under way. Dropping it without [`seal`](Upload::seal) or
+/// [`abort`](Upload::abort) leaves the cleaning to the next
+/// [`ObjectStore::sweep`].
+pub trait Upload: Send + Sync + fmt::Debug {
+    /// Stores one part. Parts come concurrently and in any order, each once.
+    ///
+    /// # Errors
+    ///
+    /// `STORE_FULL`, `STORE_UNAVAILABLE`.
+    fn put(&self, part: Part) -> BoxFuture<'_, Result<()>>;
+    /// Makes the image exist: everything durable, then the manifest, last.
+    /// All parts must have been put. After an error nothing is visible, and
+    /// the upload is to be aborted.
+    fn seal<'a>(&'a self, sealed: &'a Sealed) -> BoxFuture<'a, Result<()>>;
+    /// Removes everything. Aborting twice is success.
+    fn abort(&self) -> BoxFuture<'_, Result<()>>;
+}
+
+/// Everything that turns stored parts into an image.
+#[derive(Debug, Clone)]
+pub struct Sealed {
+    /// Immutable.
+    pub manifest: Manifest,
+    /// Mutable.
+    pub record: Record,
+    /// 32 bytes for each extent.
+    pub extent_digests: Vec<u8>,
+}
+
+/// A part of an object on its way to a store.
+pub struct Part {
+    /// From 1, without gaps.
+    pub number: u32,
+    /// Offset of its first byte in the object.
+    pub offset: u64,
+    /// Its bytes. Dropping them gives the buffer back to the encoder.
+    /// Aligned for direct writes: see [`crate::sys::aligned`].
+    pub body: Box<dyn AsRef<[u8]> + Send + Sync>,
+    /// SHA-256 of the body.
+    pub sha256: ObjectDigest,
+}
+
+impl fmt::Debug for Part {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Part({}, {} bytes at {})", self.number, self.bytes().len(), self.offset)
+    }
+}
+
+impl Part {
+    /// The bytes of the part.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        (*self.body).as_ref()
+    }
+}
+
+/// Random access to bytes, for decoders and parsers. Blocks.
+pub trait ReadAt: Send + Sync {
+    /// Length in bytes.
+    fn len(&self) -> u64;
+    /// Whether there are no bytes.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+    /// Fills `buf` from `offset` on.
+    ///
+    /// # Errors
+    ///
+    /// `UnexpectedEof` beyond the end, and what the device says.
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()>;
+}
+
+/// An object in a store.
+pub trait ObjectReader: ReadAt + fmt::Debug {}
+
+/// What survives a restart.
+pub trait Journal: Send + Sync + fmt::Debug {
+    /// Keeps `request` durably; the older version of it is replaced.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`.
+    fn put<'a>(&'a self, request: &'a WorkRequest) -> BoxFuture<'a, Result<()>>;
+    /// Everything that is kept, oldest first.
+    fn load(&self) -> BoxFuture<'_, Result<Vec<WorkRequest>>>;
+    /// Forgets these; unknown ids are no error.
+    fn forget<'a>(&'a self, ids: &'a [crate::model::WorkRequestId]) -> BoxFuture<'a, Result<()>>;
+}

@@ -1,0 +1,5 @@
+//! The only unsafe code: thin, typed faces of system calls that nix does not
+//! have.
+#![allow(unsafe_code)]
+
+pub mod aligned;
