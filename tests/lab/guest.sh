@@ -29,23 +29,34 @@ exec 9>"$lab/guest.lock"
 flock 9
 is_there && { echo "$lab/guest"; exit 0; }
 
-# One file system: should a killed mmdebstrap leave /dev or /sys mounted below, they stay whole.
-rm -rf --one-file-system "$lab"/building.*
+rm -rf --one-file-system "$lab"/building.* # of a build that was killed
 work=$(mktemp -d "$lab/building.XXXXXX")
-trap 'rm -rf --one-file-system "$work"' EXIT
+builder=
+cleanup() {
+  [ -z "$builder" ] || { kill -KILL "$builder" && wait "$builder"; } 2>/dev/null || true
+  rm -rf --one-file-system "$work"
+}
+trap cleanup EXIT
 root=$work/root
 out=$work/out
 mkdir "$out"
 echo "guest.sh: building the guest with mmdebstrap (a minute, once)" >&2
 
+# mmdebstrap mounts /dev and /sys below the root. In namespaces that end with this script, no
+# interruption leaves them behind, to be found by the rm above.
 # shellcheck disable=SC2016 # $1 is for mmdebstrap's shell
-mmdebstrap --quiet --mode=root --variant=minbase \
+setpriv --pdeathsig KILL unshare --mount --pid --mount-proc --fork --kill-child \
+  mmdebstrap --quiet --mode=root --variant=minbase \
   --include=qemu-guest-agent,open-iscsi,udev,kmod,iproute2,procps,linux-image-cloud-amd64,initramfs-tools,zstd \
   --customize-hook='rm -rf "$1"/var/cache/apt/*.bin "$1"/var/lib/apt/lists/*' \
-  bookworm "$root" >"$work/mmdebstrap.log" 2>&1 9>&- || {
+  bookworm "$root" >"$work/mmdebstrap.log" 2>&1 </dev/null 9>&- &
+builder=$!
+wait "$builder" || {
+  builder=
   tail -n 20 "$work/mmdebstrap.log" >&2
   die "mmdebstrap failed: see above; it needs a Debian mirror, and some 2 GB free in $lab"
 }
+builder=
 
 echo imaged-demo >"$root/etc/hostname"
 echo 'LABEL=imaged-root / ext4 defaults 0 1' >"$root/etc/fstab"

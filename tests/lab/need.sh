@@ -58,7 +58,7 @@ install_packages() {
 
   # Lists older than a day name packages that the mirror may have dropped.
   if [ -z "$(compgen -G "$lists/*_Packages*")" ] || [ -n "$(find $lists -maxdepth 0 -mtime +0)" ]; then
-    "${as_root[@]}" apt-get -qq update ||
+    "${as_root[@]}" apt-get -qq update && "${as_root[@]}" touch $lists ||
       echo "need.sh: apt-get update failed; trying with the lists that are here" >&2
   fi
 
