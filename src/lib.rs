@@ -12,6 +12,7 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("imaged runs on 64-bit Linux: sizes are converted between u64 and usize freely");
 
+pub mod catalogue;
 pub mod encode;
 pub mod error;
 pub mod format;
@@ -19,3 +20,4 @@ pub mod model;
 pub mod pb;
 pub mod port;
 pub mod sys;
+pub mod work;

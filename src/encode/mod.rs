@@ -19,6 +19,7 @@ mod assembler;
 mod extent;
 #[cfg(test)]
 mod tests;
+pub mod verify;
 mod window;
 
 use std::{

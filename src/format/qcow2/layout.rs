@@ -48,6 +48,8 @@ pub struct Layout {
     l1: Vec<u64>,
     /// Entries of the L2 table that is being filled; empty: none yet.
     l2: Vec<u64>,
+    /// Which entry of L1 it belongs to.
+    l2_index: u64,
     refcounts: Refcounts,
 }
 
@@ -95,6 +97,7 @@ impl Layout {
             pack: 0..0,
             l1: Vec::new(),
             l2: Vec::new(),
+            l2_index: 0,
             refcounts,
         }
     }
@@ -104,10 +107,11 @@ impl Layout {
     /// Tables that have become complete are emitted.
     pub fn place(&mut self, guest: u64, placed: Placed, out: &mut impl Emit) -> u64 {
         debug_assert!(guest >= self.next_guest && guest < self.guest_clusters);
-        if guest / L2_ENTRIES != self.next_guest / L2_ENTRIES {
-            self.flush_l2(out);
-        }
         self.next_guest = guest + 1;
+        if guest / L2_ENTRIES != self.l2_index {
+            self.flush_l2(out);
+            self.l2_index = guest / L2_ENTRIES;
+        }
 
         let (entry, offset) = match placed {
             Placed::Raw => {
@@ -227,11 +231,10 @@ impl Layout {
         if self.l2.is_empty() {
             return;
         }
-        let index = ((self.next_guest - 1) / L2_ENTRIES) as usize;
         let offset = self.allocate();
         emit_be(offset, &self.l2, out);
         self.l2.clear();
-        self.l1.resize(index, 0);
+        self.l1.resize(self.l2_index as usize, 0);
         self.l1.push(offset | COPIED);
         self.flush_refcounts(out);
     }
@@ -298,6 +301,10 @@ fn compressed_entry(offset: u64, len: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -308,5 +315,152 @@ mod tests {
         assert_eq!(sectors(compressed_entry(0x10000, 513)), 1);
         assert_eq!(sectors(compressed_entry(0x101ff, 2)), 1);
         assert_eq!(sectors(compressed_entry(0x101ff, 65_024)), 127);
+    }
+
+    /// Remembers where bytes went; keeps those of tables.
+    #[derive(Default)]
+    struct Disk {
+        extents: BTreeMap<u64, u64>,
+        tables: BTreeMap<u64, Vec<u8>>,
+    }
+
+    impl Disk {
+        fn write(&mut self, offset: u64, len: u64) {
+            if len > 0 {
+                assert!(self.extents.insert(offset, len).is_none(), "{offset} comes twice");
+            }
+        }
+    }
+
+    impl Emit for Disk {
+        fn emit(&mut self, offset: u64, bytes: &[u8]) {
+            self.write(offset, bytes.len() as u64);
+            if bytes.iter().any(|byte| *byte != 0) {
+                self.tables.insert(offset, bytes.to_vec());
+            }
+        }
+    }
+
+    /// Runs of clusters, long enough to cross tables and refcount blocks.
+    #[derive(Debug, Clone, Copy)]
+    enum Run {
+        Skip(u64),
+        Raw(u64),
+        Compressed(u64, usize),
+        Mixed(u64, usize),
+    }
+
+    fn run() -> impl Strategy<Value = Run> {
+        let len = || prop_oneof![1_u64..40, 6_000_u64..30_000];
+        let size = || 1_usize..65_000;
+        prop_oneof![
+            len().prop_map(Run::Skip),
+            len().prop_map(Run::Raw),
+            (len(), size()).prop_map(|(len, size)| Run::Compressed(len, size)),
+            (len(), size()).prop_map(|(len, size)| Run::Mixed(len, size)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(96))]
+
+        /// The whole file is written exactly once, nothing is written below
+        /// what was settled, and the refcounts are what the tables say.
+        #[test]
+        fn every_byte_once_and_every_cluster_counted(
+            runs in prop::collection::vec(run(), 1..12),
+            part in prop_oneof![Just(0_u64), Just(8 << 20)],
+        ) {
+            let clusters: u64 = runs.iter().map(|run| match *run {
+                Run::Skip(len) | Run::Raw(len) => len,
+                Run::Compressed(len, _) | Run::Mixed(len, _) => len,
+            }).sum();
+            let mut layout = Layout::new(clusters * CLUSTER_SIZE - 512, Compression::Zstd);
+            let mut disk = Disk::default();
+            disk.write(0, CLUSTER_SIZE);
+            let (mut guest, mut settled, mut next_part) = (0, 0, part);
+            for run in runs {
+                let (len, pattern) = match run {
+                    Run::Skip(len) => { guest += len; continue }
+                    Run::Raw(len) => (len, [Placed::Raw; 3]),
+                    Run::Compressed(len, size) => (len, [Placed::Compressed(size); 3]),
+                    Run::Mixed(len, size) => (len, [
+                        Placed::Compressed(size), Placed::Raw, Placed::Compressed(65_000 - size),
+                    ]),
+                };
+                for index in 0..len {
+                    let placed = pattern[index as usize % 3];
+                    let offset = layout.place(guest, placed, &mut disk);
+                    prop_assert!(offset >= settled);
+                    disk.write(offset, match placed {
+                        Placed::Raw => CLUSTER_SIZE,
+                        Placed::Compressed(size) => size as u64,
+                    });
+                    if part > 0 && layout.tail() >= next_part {
+                        layout.settle(next_part, &mut disk);
+                        while layout.settled() >= next_part { next_part += part }
+                    }
+                    settled = layout.settled();
+                    guest += 1;
+                }
+            }
+            let finished = layout.finish(&mut disk);
+
+            let mut end = 0;
+            for (offset, len) in &disk.extents {
+                prop_assert_eq!(*offset, end);
+                end = offset + len;
+            }
+            prop_assert_eq!(end, finished.object_size);
+            check_refcounts(&disk, &finished, clusters);
+        }
+    }
+
+    fn entries(table: Option<&Vec<u8>>) -> Vec<u64> {
+        let bytes = table.map_or(&[][..], Vec::as_slice);
+        bytes.as_chunks().0.iter().map(|entry| u64::from_be_bytes(*entry)).collect()
+    }
+
+    fn check_refcounts(disk: &Disk, finished: &Finished, clusters: u64) {
+        let total = (finished.object_size / CLUSTER_SIZE) as usize;
+        let mut expected = vec![0_u16; total];
+        let mut count = |offset: u64| expected[(offset / CLUSTER_SIZE) as usize] += 1;
+        let header = &finished.header;
+        count(0);
+        count(header.l1_offset);
+        let l1 = entries(disk.tables.get(&header.l1_offset));
+        for (index, l1_entry) in l1.iter().enumerate().filter(|(_, entry)| **entry != 0) {
+            let offset = l1_entry & !COPIED;
+            count(offset);
+            for (guest, entry) in entries(disk.tables.get(&offset)).into_iter().enumerate() {
+                let guest = index as u64 * L2_ENTRIES + guest as u64;
+                assert!(entry == 0 || guest < clusters);
+                if entry & COMPRESSED != 0 {
+                    let start = entry & ((1 << 54) - 1);
+                    // The last sector may end in a cluster that is not used.
+                    let len = disk.extents[&start];
+                    for cluster in start / CLUSTER_SIZE..=(start + len - 1) / CLUSTER_SIZE {
+                        count(cluster * CLUSTER_SIZE);
+                    }
+                } else if entry != 0 {
+                    count(entry & !COPIED);
+                }
+            }
+        }
+        let mut found = Vec::new();
+        let table_size = u64::from(header.refcount_table_clusters) * CLUSTER_SIZE;
+        for cluster in 0..u64::from(header.refcount_table_clusters) {
+            count(header.refcount_table_offset + cluster * CLUSTER_SIZE);
+        }
+        assert_eq!(disk.extents[&header.refcount_table_offset], table_size);
+        for block in entries(disk.tables.get(&header.refcount_table_offset)) {
+            if block != 0 {
+                count(block);
+                let bytes = disk.tables[&block].as_chunks().0;
+                found.extend(bytes.iter().map(|count| u16::from_be_bytes(*count)));
+            }
+        }
+        assert!(found[total..].iter().all(|count| *count == 0));
+        assert_eq!(found[..total], expected);
     }
 }
