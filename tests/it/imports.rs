@@ -5,7 +5,10 @@ use std::{fs, path::Path};
 /// Who may import whom, top to bottom. A module that is not named here may
 /// not exist.
 const ALLOWED: &[(&str, &[&str])] = &[
-    ("daemon", &["rpc", "work", "catalogue", "ADAPTERS", "config", "sys", "port", "model", "error"]),
+    (
+        "daemon",
+        &["rpc", "work", "catalogue", "ADAPTERS", "config", "sys", "port", "model", "error"],
+    ),
     ("rpc", &["work", "catalogue", "model", "error", "pb", "sys"]),
     ("ctl", &["pb", "model", "error"]),
     ("work", &["port", "catalogue", "encode", "format", "compat", "model", "error"]),
