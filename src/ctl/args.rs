@@ -20,7 +20,7 @@ const MAX_TOKEN: usize = 64;
 /// ends: find it again by `imagectl work-request list`.
 #[derive(Debug, Parser)]
 #[command(name = "imagectl", version, after_help = Exit::list(), max_term_width = 100)]
-#[command(propagate_version = true, disable_help_subcommand = true)]
+#[command(disable_help_subcommand = true)]
 pub(super) struct Cli {
     #[command(flatten)]
     pub global: Global,

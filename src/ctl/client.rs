@@ -25,6 +25,10 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// large image.
 const CALL_LIMIT: Duration = Duration::from_secs(60);
 
+/// Pause before a call is made once more: systemd starts imaged again in
+/// less.
+const SECOND_CALL_AFTER: Duration = Duration::from_secs(1);
+
 /// How often a silent daemon is asked whether it lives, and how long it may
 /// take to say so: a stream without news is else not told from a dead peer.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -89,7 +93,10 @@ impl Client {
         F: Future<Output = Result<Response<T>, Status>>,
     {
         match limited(call()).await {
-            Some(Err(status)) if is_broken(&status) => self.call(call()).await,
+            Some(Err(status)) if is_broken(&status) => {
+                tokio::time::sleep(SECOND_CALL_AFTER).await;
+                self.call(call()).await
+            }
             answer => self.explain(answer).await,
         }
     }
@@ -115,7 +122,7 @@ impl Client {
 
     /// A command for the user to type that reaches the same imaged.
     pub fn command(&self, verb: &str) -> String {
-        if self.socket == DEFAULT_SOCKET || std::env::var_os("IMAGED_SOCKET").is_some() {
+        if self.socket == DEFAULT_SOCKET {
             format!("imagectl {verb}")
         } else {
             format!("imagectl --socket {} {verb}", self.socket)
@@ -192,4 +199,20 @@ fn group_of(socket: &Path) -> Option<String> {
         fs::metadata(socket).or_else(|_| fs::metadata(socket.parent().unwrap_or(socket))).ok()?;
     let group = Group::from_gid(Gid::from_raw(owner.gid())).ok()??;
     Some(group.name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_may_not_connect_learns_which_group_may() {
+        let dir = tempfile::tempdir().unwrap();
+        let group = Group::from_gid(nix::unistd::getegid()).unwrap().unwrap().name;
+        let absent = dir.path().join("imaged.sock");
+        for path in [dir.path(), &absent] {
+            let advice = advice(path, io::ErrorKind::PermissionDenied);
+            assert!(advice.contains(&format!("`{group}`")), "{advice}");
+        }
+    }
 }

@@ -97,6 +97,10 @@ impl<'a> Console<'a> {
         let _ = write!(self.err, "{question} [y/N]: ").and_then(|()| self.err.flush());
         let mut answer = String::new();
         let read = self.input.read_line(&mut answer);
+        if !answer.ends_with('\n') {
+            // Ctrl-D leaves the cursor behind the question.
+            self.tell("");
+        }
         let agreed = matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes");
         if read.is_ok() && agreed {
             Ok(())

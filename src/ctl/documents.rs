@@ -40,7 +40,8 @@ fn write_pages(command: &Command, dir: &Path) -> io::Result<()> {
         write_pages(verb, dir)?;
     }
     // The list of exit codes has a section of its own below.
-    let man = Man::new(command.clone().after_help(None)).manual("imaged");
+    let source = concat!("imagectl ", env!("CARGO_PKG_VERSION"));
+    let man = Man::new(command.clone().after_help(None)).manual("imaged").source(source);
     let mut page = Vec::new();
     man.render_title(&mut page)?;
     man.render_name_section(&mut page)?;

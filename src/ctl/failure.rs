@@ -42,8 +42,6 @@ impl Failure {
             self.causes.push(cause.to_string());
             next = cause.source();
         }
-        // Layers of a transport like to repeat what lies under them.
-        self.causes.dedup();
         self
     }
 
@@ -97,11 +95,12 @@ impl Failure {
 
     /// A connection that was there and broke.
     pub(super) fn disconnected(status: &Status) -> Self {
-        let failure = Self::new(Exit::Unreachable, "the connection to imaged broke");
-        let failure = match status.source() {
-            Some(source) => failure.cause(source),
-            None => failure.cause(status),
-        };
+        let mut failure = Self::new(Exit::Unreachable, "the connection to imaged broke");
+        // The layers between say no more than "transport error".
+        let innermost = std::iter::successors(status.source(), |&error| error.source()).last();
+        if let Some(error) = innermost {
+            failure = failure.cause(error);
+        }
         failure.help("see what imaged says: `journalctl -u imaged`")
     }
 
@@ -118,19 +117,15 @@ impl Failure {
     /// on.
     pub(super) fn of_work(work: &pb::WorkRequest) -> Option<Self> {
         let verifies = work.operation_type() == pb::work_request::OperationType::VerifyImage;
-        let name = words::operation(work);
         match work.status() {
             pb::work_request::Status::Failed => {}
             pb::work_request::Status::Canceled => {
-                return Some(Self::new(Exit::Canceled, format!("{name} was canceled")));
+                return Some(Self::new(Exit::Canceled, "the work request was canceled"));
             }
             _ => return None,
         }
         let Some(first) = work.errors.first() else {
-            return Some(Self::new(
-                Exit::Failed,
-                format!("{name} failed, and imaged says not why"),
-            ));
+            return Some(Self::new(Exit::Failed, "the work failed, and imaged does not say why"));
         };
         let corrupt = verifies && first.code == Reason::ImageCorrupt.code();
         let exit = if corrupt { Exit::VerificationFailed } else { Exit::Failed };

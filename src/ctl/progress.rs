@@ -30,10 +30,13 @@ impl<'a> Progress<'a> {
     pub fn on(console: &'a mut Console<'_>) -> Self {
         match console.err_is {
             Stream::Terminal => Self::Bar(Bar::new(ProgressDrawTarget::stderr())),
-            Stream::Other => {
-                Self::Lines(Lines { err: &mut *console.err, state: LineState::default() })
-            }
+            Stream::Other => Self::lines(&mut *console.err),
         }
+    }
+
+    /// Lines on `err`.
+    pub fn lines(err: &'a mut dyn Write) -> Self {
+        Self::Lines(Lines { err, state: LineState::default() })
     }
 
     /// Shows the state `work` and what is new in its log.
@@ -199,6 +202,9 @@ pub(super) fn amounts(work: &pb::WorkRequest) -> String {
         work.percent_complete.floor(),
         ByteSize(progress.bytes_total)
     );
+    if !is_running(work) {
+        return text;
+    }
     if progress.bytes_per_second > 0 {
         text.push_str(&format!("  {}/s", ByteSize(progress.bytes_per_second)));
     }
@@ -232,4 +238,47 @@ fn summary(work: &pb::WorkRequest) -> Option<String> {
         text.push_str(&amounts.join(", "));
     }
     Some(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ctl::tests as samples;
+
+    #[test]
+    fn lines_come_with_news_and_otherwise_seldom() {
+        let start = Instant::now();
+        let mut state = LineState::default();
+        let mut shown = Vec::new();
+        let mut show = |work: &pb::WorkRequest, millis| {
+            for line in state.lines(work, start + Duration::from_millis(millis)) {
+                shown.push(format!("{millis:>5}: {line}"));
+            }
+        };
+        show(&samples::accepted(), 0);
+        show(&samples::accepted(), 250);
+        for step in 0..30 {
+            show(&samples::reading(), 500 + step * 250);
+        }
+        show(&samples::succeeded(), 9000);
+        insta::assert_snapshot!(shown.join("\n"), @"
+           0: queued
+         500: the volume is read through io_uring
+         500: read        45%  1.81 GiB of 4.00 GiB  610 MiB/s  3s left
+        5500: read        45%  1.81 GiB of 4.00 GiB  610 MiB/s  3s left
+        ");
+    }
+
+    #[test]
+    fn success_is_summed_up() {
+        insta::assert_snapshot!(summary(&samples::succeeded()).unwrap(), @"create image succeeded in 11s: 3.00 GiB read, 1.00 GiB of zeroes skipped, 1.12 GiB stored");
+        assert_eq!(summary(&samples::failed()), None);
+    }
+
+    #[test]
+    fn the_templates_of_the_bars_are_right() {
+        for template in ["{spinner} {msg}", "{prefix} [{wide_bar}] {msg}"] {
+            ProgressStyle::with_template(template).unwrap();
+        }
+    }
 }

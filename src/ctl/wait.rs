@@ -108,7 +108,7 @@ impl Wait<'_> {
             self.client.work_requests().watch_work_request(request).await?.into_inner();
         while let Some(work) = stream.message().await? {
             progress.show(&work);
-            if self.is_reached(work.status()) {
+            if reached(self.until, work.status()) {
                 return Ok(work);
             }
             // Only news count as a connection that works: else a daemon that
@@ -119,16 +119,6 @@ impl Wait<'_> {
             }
         }
         Err(Status::unavailable("imaged ended the stream before the work"))
-    }
-
-    fn is_reached(&self, status: WorkStatus) -> bool {
-        let is_final =
-            matches!(status, WorkStatus::Succeeded | WorkStatus::Failed | WorkStatus::Canceled);
-        match self.until {
-            Until::Accepted => true,
-            Until::Started => is_final || status == WorkStatus::InProgress,
-            Until::Ended => is_final,
-        }
     }
 
     fn gave_up(&self, exit: Exit, what: &str) -> Failure {
@@ -143,5 +133,65 @@ impl Wait<'_> {
                 .command(&format!("work-request {verb} --work-request-id {}", self.work_request_id))
         };
         failure.note("watch", command("watch")).note("cancel", command("cancel"))
+    }
+}
+
+fn reached(until: Until, status: WorkStatus) -> bool {
+    let is_final =
+        matches!(status, WorkStatus::Succeeded | WorkStatus::Failed | WorkStatus::Canceled);
+    match until {
+        Until::Accepted => true,
+        Until::Started => is_final || status == WorkStatus::InProgress,
+        Until::Ended => is_final,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ctl::tests::{self as samples, Script, Step, Twin};
+
+    fn wait_interrupted_after(millis: u64) -> (Exit, String) {
+        let script = Script::default();
+        script.watches.lock().unwrap().push_back(vec![Step::send(samples::reading()), Step::Hang]);
+        let twin = Twin::start(script);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let failure = runtime.block_on(async {
+            let client = Client::connect(twin.socket().to_str().unwrap()).await.unwrap();
+            let wait = Wait {
+                client: &client,
+                work_request_id: samples::WORK_ID,
+                until: Until::Ended,
+                limit: None,
+            };
+            let mut err = Vec::new();
+            let interrupt = tokio::time::sleep(Duration::from_millis(millis));
+            wait.run_until(interrupt, &mut Progress::lines(&mut err)).await.unwrap_err()
+        });
+        let text = failure.to_string().replace(twin.socket().to_str().unwrap(), "SOCKET");
+        (failure.exit, text)
+    }
+
+    #[test]
+    fn ctrl_c_ends_the_wait_and_not_the_work() {
+        let (exit, text) = wait_interrupted_after(300);
+        assert_eq!(exit, Exit::Interrupted);
+        insta::assert_snapshot!(text, @"
+        stopped waiting; the work goes on
+          watch: imagectl --socket SOCKET work-request watch --work-request-id ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+          cancel: imagectl --socket SOCKET work-request cancel --work-request-id ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+        ");
+    }
+
+    #[test]
+    fn points_of_a_wait_are_reached_in_order() {
+        use WorkStatus::{Accepted, Canceling, InProgress, Succeeded};
+        assert!(reached(Until::Accepted, Accepted));
+        assert!(!reached(Until::Started, Accepted));
+        assert!(reached(Until::Started, InProgress));
+        assert!(reached(Until::Started, Succeeded));
+        assert!(!reached(Until::Ended, InProgress));
+        assert!(!reached(Until::Ended, Canceling));
+        assert!(reached(Until::Ended, Succeeded));
     }
 }

@@ -206,3 +206,219 @@ fn time(time: Option<&ProtoTime>) -> Value {
 fn percent(percent: f32) -> Value {
     ((f64::from(percent) * 100.0).round() / 100.0).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ctl::tests as samples;
+
+    #[test]
+    fn an_image_has_the_shape_of_oci() {
+        let document = document(image(&samples::image()), [("opc-work-request-id", "w")]);
+        insta::assert_snapshot!(document, @r#"
+        {
+          "data": {
+            "architecture": "x86_64",
+            "base-image-id": null,
+            "compartment-id": "ocid1.compartment.oc1..web",
+            "compression": "ZSTD",
+            "consistency": "CLEAN",
+            "content-digest": "1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f",
+            "create-image-allowed": true,
+            "display-name": "golden",
+            "format": "QCOW2",
+            "freeform-tags": {
+              "env": "prod",
+              "team": "web"
+            },
+            "id": "ocid1.image.imaged..01k6dz3s20aaaaaaaaaaaaaaaa",
+            "imaged-version": "0.1.0",
+            "launch-mode": "PARAVIRTUALIZED",
+            "launch-options": {
+              "boot-volume-type": "PARAVIRTUALIZED",
+              "firmware": "UEFI_64",
+              "network-type": null,
+              "remote-data-volume-type": null
+            },
+            "lifecycle-state": "AVAILABLE",
+            "object-digest": "c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4",
+            "object-size-bytes": 1203765248,
+            "operating-system": "Debian",
+            "operating-system-version": "12",
+            "size-in-mbs": 4096,
+            "source-instance-id": "ocid1.instance.imaged..01k6dz3s20cccccccccccccccc",
+            "source-volume": "/dev/vg0/web-3",
+            "store": "local",
+            "time-created": "2026-11-21T08:45:16.000Z",
+            "time-line": [
+              {
+                "phase": "preflight",
+                "time-started": "2026-11-21T08:45:16.000Z"
+              },
+              {
+                "phase": "read",
+                "time-started": "2026-11-21T08:45:16.250Z"
+              },
+              {
+                "phase": "seal",
+                "time-started": "2026-11-21T08:45:27.000Z"
+              }
+            ],
+            "virtual-size-bytes": 4294967296
+          },
+          "opc-work-request-id": "w"
+        }
+        "#);
+    }
+
+    #[test]
+    fn what_is_not_known_is_null() {
+        let value = image(&pb::Image::default());
+        for key in [
+            "display-name",
+            "lifecycle-state",
+            "size-in-mbs",
+            "time-created",
+            "consistency",
+            "launch-options",
+        ] {
+            assert_eq!(value.get(key), Some(&Value::Null), "{key}");
+        }
+    }
+
+    #[test]
+    fn a_value_of_a_newer_imaged_is_called_as_the_sdks_do() {
+        let value =
+            image(&pb::Image { lifecycle_state: 99, consistency: 99, ..Default::default() });
+        assert_eq!(value["lifecycle-state"], "UNKNOWN_ENUM_VALUE");
+        assert_eq!(value["consistency"], "UNKNOWN_ENUM_VALUE");
+    }
+
+    #[test]
+    fn a_work_request_has_the_shape_of_oci() {
+        insta::assert_snapshot!(document(work_request(&samples::failed()), []), @r#"
+        {
+          "data": {
+            "compartment-id": "ocid1.compartment.oc1..web",
+            "errors": [
+              {
+                "code": "STORE_FULL",
+                "message": "image \"golden\" was not made\n  0: the store \"local\" has 3.00 MiB left\n  1: No space left on device (os error 28)\n  help: free some space or name another store",
+                "timestamp": "2026-11-21T08:45:21.000Z"
+              }
+            ],
+            "id": "ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb",
+            "logs": [
+              {
+                "message": "the volume is read through io_uring",
+                "timestamp": "2026-11-21T08:45:16.200Z"
+              }
+            ],
+            "operation-type": "CREATE_IMAGE",
+            "percent-complete": 45.3,
+            "phase": "read",
+            "progress": {
+              "bytes-per-second": 640000000,
+              "bytes-read": 1500000000,
+              "bytes-skipped": 445628416,
+              "bytes-stored": 560000000,
+              "bytes-total": 4294967296,
+              "eta-seconds": 3
+            },
+            "requested-by": "uid 1000 (alice)",
+            "resources": [
+              {
+                "action-type": "IN_PROGRESS",
+                "entity-type": "image",
+                "identifier": "ocid1.image.imaged..01k6dz3s20aaaaaaaaaaaaaaaa"
+              },
+              {
+                "action-type": "RELATED",
+                "entity-type": "volume",
+                "identifier": "/dev/vg0/web-3"
+              }
+            ],
+            "status": "FAILED",
+            "time-accepted": "2026-11-21T08:45:16.000Z",
+            "time-finished": "2026-11-21T08:45:21.000Z",
+            "time-started": "2026-11-21T08:45:16.100Z"
+          }
+        }
+        "#);
+    }
+
+    #[test]
+    fn the_page_stands_beside_the_data() {
+        let text = document(list(&[samples::instance()], instance), [("opc-next-page", "p2")]);
+        insta::assert_snapshot!(text, @r#"
+        {
+          "data": [
+            {
+              "base-image-id": null,
+              "boot-volume": "/dev/vg0/web-3",
+              "compartment-id": "ocid1.compartment.oc1..web",
+              "hypervisor": "qemu",
+              "id": "ocid1.instance.imaged..01k6dz3s20cccccccccccccccc",
+              "lifecycle-details": null,
+              "lifecycle-state": "STOPPED",
+              "name": "web-3",
+              "operating-system": "Debian",
+              "operating-system-version": "12",
+              "shape": "VM.Standard2.1",
+              "systemd-unit": "vm@web-3.service"
+            }
+          ],
+          "opc-next-page": "p2"
+        }
+        "#);
+        assert!(!document(list(&[], instance), [("opc-next-page", "")]).contains("opc"));
+    }
+
+    #[test]
+    fn the_host_is_an_object() {
+        insta::assert_snapshot!(document(host(&samples::host()), []), @r#"
+        {
+          "data": {
+            "architecture": "x86_64",
+            "encode-threads": 4,
+            "features": [
+              {
+                "available": true,
+                "details": "SINGLE_ISSUER, DEFER_TASKRUN",
+                "name": "io_uring"
+              },
+              {
+                "available": false,
+                "details": "qemu-img was not found; install qemu-utils",
+                "name": "qemu-img"
+              }
+            ],
+            "hostname": "hv-17",
+            "imaged-version": "0.1.0",
+            "kernel-release": "6.1.0-31-amd64",
+            "stores": [
+              {
+                "free-bytes": 128849018880,
+                "is-default": true,
+                "kind": "directory",
+                "location": "/var/lib/imaged/images",
+                "name": "local",
+                "problem": null,
+                "total-bytes": 1099511627776
+              },
+              {
+                "free-bytes": null,
+                "is-default": false,
+                "kind": "directory",
+                "location": "/mnt/images",
+                "name": "nfs",
+                "problem": "No such file or directory (os error 2)",
+                "total-bytes": null
+              }
+            ],
+            "work-requests-in-progress": 1
+          }
+        }
+        "#);
+    }
+}

@@ -40,6 +40,10 @@ fn list<T>(items: &[T], mut columns: Vec<Column<'_, T>>, width: Option<u16>) -> 
                 columns.iter().map(|column| words::clean(&(column.cell)(item)).into_owned()),
             );
         }
+        for column in table.column_iter_mut() {
+            // The space between two columns.
+            column.set_padding((0, 2));
+        }
         let text = table.trim_fmt();
         let widest = text.lines().map(|line| line.chars().count()).max().unwrap_or(0);
         let last_resort = columns.iter().map(|column| column.rank).max().unwrap_or(0);
@@ -203,20 +207,28 @@ pub(in crate::ctl) fn work_requests(
     width: Option<u16>,
 ) -> String {
     let columns = vec![
-        column("OPERATION", 0, |work: &pb::WorkRequest| {
+        column("OPERATION", 2, |work: &pb::WorkRequest| {
             words::operation_type(work).unwrap_or(UNKNOWN).to_owned()
         }),
         column("STATUS", 0, |work: &pb::WorkRequest| words::work_status(work).to_owned()),
-        column("DONE", 1, |work: &pb::WorkRequest| {
+        column("DONE", 0, |work: &pb::WorkRequest| {
             format!("{:.0}%", work.percent_complete.floor())
         }),
-        column("AGE", 2, |work: &pb::WorkRequest| age(work.time_accepted.as_ref(), now)),
+        column("AGE", 1, |work: &pb::WorkRequest| age(work.time_accepted.as_ref(), now)),
         column("TOOK", 3, |work: &pb::WorkRequest| {
             words::took(work).unwrap_or_else(|| UNKNOWN.into())
         }),
+        column("ABOUT", 4, |work: &pb::WorkRequest| about(work)),
         column("ID", 0, |work: &pb::WorkRequest| work.id.clone()),
     ];
     list(work, columns, width)
+}
+
+/// What a person would know the work by: the volume's path before any OCID.
+fn about(work: &pb::WorkRequest) -> String {
+    let of = |entity| work.resources.iter().find(|resource| resource.entity_type == entity);
+    let known = of("volume").or_else(|| of("instance")).or_else(|| work.resources.first());
+    known.map_or(UNKNOWN.into(), |resource| resource.identifier.clone())
 }
 
 /// One work request.
@@ -365,4 +377,213 @@ fn clock(time: Option<&prost_types::Timestamp>) -> String {
     words::time(time)
         .and_then(|time| Some(time.to_string().get(11..23)?.to_owned()))
         .unwrap_or_else(|| UNKNOWN.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ctl::tests as samples;
+
+    fn two_images() -> [pb::Image; 2] {
+        let unknown = pb::Image {
+            display_name: "from-a-volume".into(),
+            operating_system: "UNKNOWN".into(),
+            operating_system_version: "UNKNOWN".into(),
+            ..samples::provisioning()
+        };
+        [samples::image(), unknown]
+    }
+
+    #[test]
+    fn a_pipe_gets_all_columns_of_images() {
+        insta::assert_snapshot!(images(&two_images(), samples::now(), None), @"
+        NAME           STATE         OS         VOLUME    STORED    AGE  ID
+        golden         AVAILABLE     Debian 12  4.00 GiB  1.12 GiB  3h   ocid1.image.imaged..01k6dz3s20aaaaaaaaaaaaaaaa
+        from-a-volume  PROVISIONING  UNKNOWN    -         -         3h   ocid1.image.imaged..01k6dz3s20aaaaaaaaaaaaaaaa
+        ");
+    }
+
+    #[test]
+    fn a_narrow_terminal_keeps_the_ids_whole() {
+        let text = images(&two_images(), samples::now(), Some(80));
+        assert!(text.lines().all(|line| line.len() <= 80), "{text}");
+        insta::assert_snapshot!(text, @"
+        NAME           STATE         AGE  ID
+        golden         AVAILABLE     3h   ocid1.image.imaged..01k6dz3s20aaaaaaaaaaaaaaaa
+        from-a-volume  PROVISIONING  3h   ocid1.image.imaged..01k6dz3s20aaaaaaaaaaaaaaaa
+        ");
+    }
+
+    #[test]
+    fn no_width_loses_names_states_and_ids() {
+        let text = images(&two_images(), samples::now(), Some(1));
+        insta::assert_snapshot!(text.lines().next().unwrap(), @"NAME           STATE         ID");
+    }
+
+    #[test]
+    fn an_image_reads_as_a_card() {
+        insta::assert_snapshot!(image(&samples::image(), samples::now()), @"
+        display-name        golden
+        id                  ocid1.image.imaged..01k6dz3s20aaaaaaaaaaaaaaaa
+        lifecycle-state     AVAILABLE
+        time-created        2026-11-21 08:45:16 UTC, 3h ago
+        compartment-id      ocid1.compartment.oc1..web
+        operating-system    Debian 12
+        architecture        x86_64
+        launch-mode         PARAVIRTUALIZED
+        launch-options      firmware UEFI_64, boot volume PARAVIRTUALIZED
+        consistency         CLEAN
+        source-instance-id  ocid1.instance.imaged..01k6dz3s20cccccccccccccccc
+        source-volume       /dev/vg0/web-3
+        volume-size         4.00 GiB (4294967296 bytes)
+        object-size         1.12 GiB (1203765248 bytes)
+        format              QCOW2, ZSTD
+        store               local
+        content-digest      1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f
+        object-digest       c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4c4
+        freeform-tags       env=prod
+                            team=web
+        time-line           preflight  08:45:16.000
+                            read       08:45:16.250
+                            seal       08:45:27.000
+        imaged-version      0.1.0
+        ");
+    }
+
+    #[test]
+    fn an_image_in_the_making_shows_what_is_not_known_yet() {
+        let new = pb::Image {
+            launch_options: None,
+            freeform_tags: Default::default(),
+            source_instance_id: String::new(),
+            ..samples::provisioning()
+        };
+        insta::assert_snapshot!(image(&new, samples::now()), @"
+        display-name      golden
+        id                ocid1.image.imaged..01k6dz3s20aaaaaaaaaaaaaaaa
+        lifecycle-state   PROVISIONING
+        time-created      2026-11-21 08:45:16 UTC, 3h ago
+        compartment-id    ocid1.compartment.oc1..web
+        operating-system  Debian 12
+        architecture      x86_64
+        launch-mode       PARAVIRTUALIZED
+        consistency       CLEAN
+        source-volume     /dev/vg0/web-3
+        volume-size       -
+        object-size       -
+        format            ZSTD
+        store             local
+        content-digest    -
+        object-digest     -
+        ");
+    }
+
+    #[test]
+    fn instances_read_as_a_list_and_as_a_card() {
+        insta::assert_snapshot!(instances(&[samples::instance()], None), @"
+        NAME   STATE    OS         SHAPE           BOOT VOLUME     ID
+        web-3  STOPPED  Debian 12  VM.Standard2.1  /dev/vg0/web-3  ocid1.instance.imaged..01k6dz3s20cccccccccccccccc
+        ");
+        insta::assert_snapshot!(instance(&samples::instance()), @"
+        name              web-3
+        id                ocid1.instance.imaged..01k6dz3s20cccccccccccccccc
+        lifecycle-state   STOPPED
+        compartment-id    ocid1.compartment.oc1..web
+        boot-volume       /dev/vg0/web-3
+        shape             VM.Standard2.1
+        operating-system  Debian 12
+        hypervisor        qemu
+        systemd-unit      vm@web-3.service
+        ");
+    }
+
+    #[test]
+    fn work_requests_read_as_a_list() {
+        let all = [samples::reading(), samples::failed(), samples::succeeded()];
+        insta::assert_snapshot!(work_requests(&all, samples::now(), Some(80)), @"
+        STATUS       DONE  AGE  ID
+        IN_PROGRESS  45%   3h   ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+        FAILED       45%   3h   ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+        SUCCEEDED    100%  3h   ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+        ");
+        insta::assert_snapshot!(work_requests(&all, samples::now(), None), @"
+        OPERATION     STATUS       DONE  AGE  TOOK  ABOUT           ID
+        CREATE_IMAGE  IN_PROGRESS  45%   3h   -     /dev/vg0/web-3  ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+        CREATE_IMAGE  FAILED       45%   3h   4s    /dev/vg0/web-3  ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+        CREATE_IMAGE  SUCCEEDED    100%  3h   11s   /dev/vg0/web-3  ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+        ");
+    }
+
+    #[test]
+    fn a_work_request_reads_as_a_card() {
+        insta::assert_snapshot!(work_request(&samples::reading(), samples::now()), @"
+        operation-type  CREATE_IMAGE
+        id              ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+        status          IN_PROGRESS
+        phase           read
+        progress        45%  1.81 GiB of 4.00 GiB  610 MiB/s  3s left
+        bytes           1.40 GiB read, 425 MiB of zeroes skipped, 534 MiB stored
+        resources       image    ocid1.image.imaged..01k6dz3s20aaaaaaaaaaaaaaaa (IN_PROGRESS)
+                        volume   /dev/vg0/web-3 (RELATED)
+        compartment-id  ocid1.compartment.oc1..web
+        requested-by    uid 1000 (alice)
+        time-accepted   2026-11-21 08:45:16 UTC, 3h ago
+        time-started    2026-11-21 08:45:16 UTC, 2h ago
+        log             08:45:16.200  the volume is read through io_uring
+        ");
+        insta::assert_snapshot!(work_request(&samples::failed(), samples::now()), @r#"
+        operation-type  CREATE_IMAGE
+        id              ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+        status          FAILED
+        phase           read
+        progress        45%  1.81 GiB of 4.00 GiB
+        bytes           1.40 GiB read, 425 MiB of zeroes skipped, 534 MiB stored
+        resources       image    ocid1.image.imaged..01k6dz3s20aaaaaaaaaaaaaaaa (IN_PROGRESS)
+                        volume   /dev/vg0/web-3 (RELATED)
+        compartment-id  ocid1.compartment.oc1..web
+        requested-by    uid 1000 (alice)
+        time-accepted   2026-11-21 08:45:16 UTC, 3h ago
+        time-started    2026-11-21 08:45:16 UTC, 2h ago
+        time-finished   2026-11-21 08:45:21 UTC, 2h ago
+        took            4s
+        error           STORE_FULL
+                        image "golden" was not made
+                          0: the store "local" has 3.00 MiB left
+                          1: No space left on device (os error 28)
+                          help: free some space or name another store
+        log             08:45:16.200  the volume is read through io_uring
+        "#);
+    }
+
+    #[test]
+    fn the_host_shows_what_it_lacks() {
+        insta::assert_snapshot!(host(&samples::host()), @"
+        hostname                   hv-17
+        imaged-version             0.1.0
+        kernel-release             6.1.0-31-amd64
+        architecture               x86_64
+        encode-threads             4
+        work-requests-in-progress  1
+
+        FEATURE   AVAILABLE  DETAILS
+        io_uring  yes        SINGLE_ISSUER, DEFER_TASKRUN
+        qemu-img  NO         qemu-img was not found; install qemu-utils
+
+        STORE            KIND       FREE     TOTAL     LOCATION
+        local (default)  directory  120 GiB  1.00 TiB  /var/lib/imaged/images
+        nfs              directory  -        -         /mnt/images: No such file or directory (os error 2)
+        ");
+    }
+
+    #[test]
+    fn names_cannot_drive_a_terminal() {
+        let hostile = pb::Image { display_name: "a\u{1b}[31m\nb".into(), ..samples::image() };
+        for text in [
+            images(std::slice::from_ref(&hostile), samples::now(), None),
+            image(&hostile, samples::now()),
+        ] {
+            assert!(!text.contains('\u{1b}'), "{text:?}");
+            assert!(text.contains("a\\u{1b}[31m\\nb"), "{text:?}");
+        }
+    }
 }

@@ -119,3 +119,25 @@ pub(in crate::ctl) fn consistency(image: &pb::Image) -> Option<&'static str> {
         Err(_) => NEWER_VALUE,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_short() {
+        let shown = [0, 59, 60, 3599, 3600, 86_399, 86_400, 1_000_000]
+            .map(|seconds| duration(Duration::from_secs(seconds)));
+        assert_eq!(shown, ["0s", "59s", "1m00s", "59m59s", "1h00m", "23h59m", "1d00h", "11d13h"]);
+        assert_eq!(duration(Duration::from_millis(250)), "250ms");
+    }
+
+    #[test]
+    fn impossible_times_are_not_known() {
+        for (seconds, nanos) in [(-1, 0), (i64::MAX, 0), (0, -1), (253_402_300_800, 0)] {
+            assert_eq!(time(Some(&ProtoTime { seconds, nanos })), None, "{seconds} {nanos}");
+        }
+        let last = ProtoTime { seconds: 253_402_300_799, nanos: 999_999_999 };
+        assert_eq!(time(Some(&last)).unwrap().to_string(), "9999-12-31T23:59:59.999Z");
+    }
+}

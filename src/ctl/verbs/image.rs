@@ -167,10 +167,9 @@ fn token(given: Option<String>) -> Result<String, Failure> {
 /// Whether imaged took the request is not known: the token finds out.
 fn ask_again(failure: Failure, token: &str) -> Failure {
     match failure.exit {
-        Exit::Unreachable => failure.note(
-            "again",
-            format!("add --retry-token {token}: what imaged took already is not done twice"),
-        ),
+        Exit::Unreachable => failure.help(format!(
+            "ask again with --retry-token {token}: what imaged took already is not done twice"
+        )),
         _ => failure,
     }
 }
