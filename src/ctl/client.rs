@@ -23,7 +23,7 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// Longest call that is answered once. The slowest removes the files of a
 /// large image.
-const CALL_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const CALL_LIMIT: Duration = Duration::from_secs(60);
 
 /// Pause before a call is made once more: systemd starts imaged again in
 /// less.
@@ -182,6 +182,8 @@ fn advice(socket: &Path, kind: io::ErrorKind) -> String {
              see `systemctl status imaged`"
             .into(),
         io::ErrorKind::PermissionDenied => match group_of(socket) {
+            // Nobody is to join that one.
+            Some(group) if group == "root" => "only root may: use sudo".into(),
             Some(group) => format!(
                 "only root and members of the group `{group}` may: become one by \
                  `usermod -aG {group} USER` and log in again, or use sudo"
@@ -212,7 +214,8 @@ mod tests {
         let absent = dir.path().join("imaged.sock");
         for path in [dir.path(), &absent] {
             let advice = advice(path, io::ErrorKind::PermissionDenied);
-            assert!(advice.contains(&format!("`{group}`")), "{advice}");
+            let expected = if group == "root" { "only root".into() } else { format!("`{group}`") };
+            assert!(advice.contains(&expected), "{advice}");
         }
     }
 }

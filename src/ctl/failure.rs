@@ -98,8 +98,9 @@ impl Failure {
         let mut failure = Self::new(Exit::Unreachable, "the connection to imaged broke");
         // The layers between say no more than "transport error".
         let innermost = std::iter::successors(status.source(), |&error| error.source()).last();
-        if let Some(error) = innermost {
-            failure = failure.cause(error);
+        match innermost {
+            Some(error) => failure = failure.cause(error),
+            None => failure.causes.push(status.message().to_owned()),
         }
         failure.help("see what imaged says: `journalctl -u imaged`")
     }

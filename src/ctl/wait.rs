@@ -13,7 +13,7 @@ use tonic::{Code, Status};
 
 use super::{
     args::Until,
-    client::{Client, is_broken},
+    client::{CALL_LIMIT, Client, is_broken},
     exit::Exit,
     failure::Failure,
     progress::Progress,
@@ -26,7 +26,7 @@ use crate::pb::{self, work_request::Status as WorkStatus};
 const RECONNECTS: u32 = 10;
 
 /// First and longest pause between two attempts.
-const PAUSE: Duration = Duration::from_millis(250);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
 /// A wait for `work_request_id`.
@@ -36,6 +36,8 @@ pub(super) struct Wait<'a> {
     pub until: Until,
     /// `None`: as long as the work takes, which imaged bounds.
     pub limit: Option<Duration>,
+    /// Before the first attempt to reconnect; doubles for each further one.
+    pub first_pause: Duration,
 }
 
 impl Wait<'_> {
@@ -85,13 +87,17 @@ impl Wait<'_> {
                 Err(status) => return Err(self.client.failure(&status).await),
             };
             if attempts == RECONNECTS {
-                let failure = self.client.failure(&broken).await;
+                let failure = if is_broken(&broken) {
+                    self.client.failure(&broken).await
+                } else {
+                    Failure::disconnected(&broken)
+                };
                 return Err(self.goes_on(failure, "the work may go on"));
             }
             if attempts == 0 {
                 progress.note("the connection to imaged broke; trying to get it back");
             }
-            tokio::time::sleep(PAUSE.saturating_mul(1 << attempts).min(MAX_PAUSE)).await;
+            tokio::time::sleep(self.first_pause.saturating_mul(1 << attempts).min(MAX_PAUSE)).await;
             attempts += 1;
         }
     }
@@ -104,8 +110,11 @@ impl Wait<'_> {
         attempts: &mut u32,
     ) -> Result<pb::WorkRequest, Status> {
         let request = pb::WatchWorkRequestRequest { work_request_id: self.work_request_id.into() };
-        let mut stream =
-            self.client.work_requests().watch_work_request(request).await?.into_inner();
+        let mut client = self.client.work_requests();
+        let mut stream = tokio::time::timeout(CALL_LIMIT, client.watch_work_request(request))
+            .await
+            .map_err(|_| Status::unavailable("imaged did not answer"))??
+            .into_inner();
         while let Some(work) = stream.message().await? {
             progress.show(&work);
             if reached(self.until, work.status()) {
@@ -151,33 +160,52 @@ mod tests {
     use super::*;
     use crate::ctl::tests::{self as samples, Script, Step, Twin};
 
-    fn wait_interrupted_after(millis: u64) -> (Exit, String) {
-        let script = Script::default();
-        script.watches.lock().unwrap().push_back(vec![Step::send(samples::reading()), Step::Hang]);
-        let twin = Twin::start(script);
+    fn failed_wait(twin: &Twin, interrupt: impl Future<Output = ()>) -> Failure {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let failure = runtime.block_on(async {
+        runtime.block_on(async {
             let client = Client::connect(twin.socket().to_str().unwrap()).await.unwrap();
             let wait = Wait {
                 client: &client,
                 work_request_id: samples::WORK_ID,
                 until: Until::Ended,
                 limit: None,
+                first_pause: Duration::from_millis(1),
             };
-            let mut err = Vec::new();
-            let interrupt = tokio::time::sleep(Duration::from_millis(millis));
-            wait.run_until(interrupt, &mut Progress::lines(&mut err)).await.unwrap_err()
-        });
-        let text = failure.to_string().replace(twin.socket().to_str().unwrap(), "SOCKET");
-        (failure.exit, text)
+            wait.run_until(interrupt, &mut Progress::lines(&mut Vec::new())).await.unwrap_err()
+        })
+    }
+
+    fn text(failure: &Failure, twin: &Twin) -> String {
+        failure.to_string().replace(twin.socket().to_str().unwrap(), "SOCKET")
     }
 
     #[test]
     fn ctrl_c_ends_the_wait_and_not_the_work() {
-        let (exit, text) = wait_interrupted_after(300);
-        assert_eq!(exit, Exit::Interrupted);
-        insta::assert_snapshot!(text, @"
+        let script = Script::default();
+        script.watches.lock().unwrap().push_back(vec![Step::send(samples::reading()), Step::Hang]);
+        let twin = Twin::start(script);
+        let interrupt = async { tokio::time::sleep(Duration::from_millis(300)).await };
+        let failure = failed_wait(&twin, interrupt);
+        assert_eq!(failure.exit, Exit::Interrupted);
+        insta::assert_snapshot!(text(&failure, &twin), @"
         stopped waiting; the work goes on
+          watch: imagectl --socket SOCKET work-request watch --work-request-id ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+          cancel: imagectl --socket SOCKET work-request cancel --work-request-id ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+        ");
+    }
+
+    #[test]
+    fn streams_without_news_are_not_asked_for_for_ever() {
+        let twin = Twin::start(Script::default());
+        let failure = failed_wait(&twin, std::future::pending());
+        assert_eq!(failure.exit, Exit::Unreachable);
+        let watched = twin.script.watched.load(std::sync::atomic::Ordering::SeqCst);
+        assert_eq!(watched, RECONNECTS + 1);
+        insta::assert_snapshot!(text(&failure, &twin), @"
+        the connection to imaged broke
+          0: imaged ended the stream before the work
+          help: see what imaged says: `journalctl -u imaged`
+          note: the work may go on
           watch: imagectl --socket SOCKET work-request watch --work-request-id ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
           cancel: imagectl --socket SOCKET work-request cancel --work-request-id ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
         ");

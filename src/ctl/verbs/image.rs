@@ -13,7 +13,7 @@ use crate::{
         failure::Failure,
         progress::Progress,
         render::{json, table},
-        wait::Wait,
+        wait::{FIRST_PAUSE, Wait},
     },
     pb,
 };
@@ -99,7 +99,13 @@ async fn create(mut session: Session<'_, '_>, args: ImageCreate) -> Result<(), F
     };
 
     session.console.tell(&format!("work request {}", work.id));
-    let wait = Wait { client: &client, work_request_id: &work.id, until, limit: Some(limit) };
+    let wait = Wait {
+        client: &client,
+        work_request_id: &work.id,
+        until,
+        limit: Some(limit),
+        first_pause: FIRST_PAUSE,
+    };
     match wait.run(&mut Progress::on(session.console)).await {
         Ok(ended) => {
             if let Some(failure) = Failure::of_work(&ended) {
@@ -234,7 +240,8 @@ async fn verify(mut session: Session<'_, '_>, args: ImageVerify) -> Result<(), F
     }
     session.console.tell(&format!("work request {}", work.id));
     let limit = args.max_wait_seconds.map(Duration::from_secs);
-    let wait = Wait { client: &client, work_request_id: &work.id, until, limit };
+    let wait =
+        Wait { client: &client, work_request_id: &work.id, until, limit, first_pause: FIRST_PAUSE };
     let ended = match wait.run(&mut Progress::on(session.console)).await {
         Ok(ended) => ended,
         Err(failure) => {

@@ -9,7 +9,7 @@ use crate::{
         failure::Failure,
         progress::Progress,
         render::{json, table},
-        wait::Wait,
+        wait::{FIRST_PAUSE, Wait},
     },
     pb,
 };
@@ -34,6 +34,7 @@ pub(super) async fn run(
                 work_request_id: &work_request_id,
                 until: Until::Ended,
                 limit: max_wait_seconds.map(Duration::from_secs),
+                first_pause: FIRST_PAUSE,
             };
             let work = wait.run(&mut Progress::on(session.console)).await?;
             print(&mut session, &work)?;
