@@ -1,1 +1,3 @@
-fn main() {}
+//! End-to-end tests: the real binaries on real parts.
+
+mod imports;
