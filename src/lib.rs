@@ -13,6 +13,7 @@
 compile_error!("imaged runs on 64-bit Linux: sizes are converted between u64 and usize freely");
 
 pub mod catalogue;
+pub mod ctl;
 pub mod encode;
 pub mod error;
 pub mod format;
