@@ -13,4 +13,5 @@ pub mod error;
 pub mod model;
 pub mod pb;
 pub mod port;
+pub mod store;
 pub mod sys;
