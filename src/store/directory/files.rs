@@ -2,9 +2,8 @@
 //! symbolic link; what their failures mean to an operator.
 
 use std::{
-    fs::{File, Permissions},
+    fs::File,
     io::{self, Read, Write},
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
 };
 
@@ -148,11 +147,6 @@ impl Dir {
         self.handle.sync_all()
     }
 
-    /// Keeps everyone but the owner out.
-    pub fn make_private(&self) -> io::Result<()> {
-        self.handle.set_permissions(Permissions::from_mode(0o700))
-    }
-
     /// The directory as a file, for its times.
     pub fn handle(&self) -> &File {
         &self.handle
@@ -247,7 +241,35 @@ mod tests {
             let error = failed.during(|| "cannot write /srv/images/x".into()).unwrap_err();
             format!("{error:?}")
         });
-        insta::assert_snapshot!(told.join("\n"), @"");
+        insta::assert_snapshot!(told.join("\n"), @"
+        STORE_FULL: cannot write /srv/images/x
+          0: No space left on device (os error 28)
+          help: delete images from the store, or name another store
+        STORE_FULL: cannot write /srv/images/x
+          0: Disk quota exceeded (os error 122)
+          help: delete images from the store, raise the quota, or name another store
+        STORE_UNAVAILABLE: cannot write /srv/images/x
+          0: Read-only file system (os error 30)
+          help: the filesystem is read-only: look into the kernel's log for why, and mount it writable
+        STORE_UNAVAILABLE: cannot write /srv/images/x
+          0: Input/output error (os error 5)
+          help: the disk or server under the store fails: look into the kernel's log
+        STORE_UNAVAILABLE: cannot write /srv/images/x
+          0: Stale file handle (os error 116)
+          help: the NFS server no longer knows the directory: unmount it and mount it again
+        STORE_UNAVAILABLE: cannot write /srv/images/x
+          0: Permission denied (os error 13)
+          help: let imaged's user own the directory, and look whether AppArmor or SELinux forbids it
+        STORE_UNAVAILABLE: cannot write /srv/images/x
+          0: No such file or directory (os error 2)
+          help: something removed it: look whether the store's filesystem is mounted
+        STORE_UNAVAILABLE: cannot write /srv/images/x
+          0: No locks available (os error 37)
+          help: the filesystem has no locks, which uploads need: on NFS, mount it with locking
+        STORE_UNAVAILABLE: cannot write /srv/images/x
+          0: File name too long (os error 36)
+          help: look into the kernel's log, and at the filesystem that holds the store
+        ");
     }
 
     #[test]
@@ -265,9 +287,6 @@ mod tests {
         );
         assert_eq!(dir.read("link", ByteSize(100)).unwrap_err().raw_os_error(), Some(libc::ELOOP));
         assert_eq!(dir.dir("around").unwrap_err().raw_os_error(), Some(libc::ENOTDIR));
-        assert_eq!(
-            dir.read("pipe", ByteSize(1)).unwrap_err().to_string(),
-            "it is no regular file"
-        );
+        assert_eq!(dir.read("pipe", ByteSize(1)).unwrap_err().to_string(), "it is no regular file");
     }
 }

@@ -34,7 +34,7 @@ use self::{
     claim::{CLAIM, Owner},
     files::{Dir, During},
     reader::DirectoryReader,
-    root::{IMAGES, Root},
+    root::Root,
     threads::{NAMES, Threads},
     upload::DirectoryUpload,
 };

@@ -73,7 +73,7 @@ impl ObjectFile {
     /// number of blocks from the start, or nothing.
     fn write_direct(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
         let Some(direct) = &self.direct else { return Ok(0) };
-        let aligned = bytes.as_ptr().addr() % ALIGNMENT == 0
+        let aligned = bytes.as_ptr().addr().is_multiple_of(ALIGNMENT)
             && offset.is_multiple_of(ALIGNMENT as u64)
             && self.direct_works.load(Ordering::Relaxed);
         let len = bytes.len() - bytes.len() % ALIGNMENT;

@@ -17,9 +17,9 @@ use crate::{
 };
 
 /// File in the root whose presence makes the directory a store.
-pub const MARKER: &str = "imaged-store.json";
+const MARKER: &str = "imaged-store.json";
 /// Directory in the root that holds a directory for each image.
-pub const IMAGES: &str = "images";
+const IMAGES: &str = "images";
 
 /// Largest marker: it has two short fields.
 const MAX_MARKER: ByteSize = ByteSize(4096);
@@ -58,13 +58,12 @@ impl Root {
             Some(marker) => marker.id,
             None => adopt(&root)?,
         };
-        let images = root.path_of(IMAGES);
+        // Nothing is written where all is there: a read-only store can be read.
         match root.make_dir(IMAGES) {
-            Err(cause) if cause.kind() != io::ErrorKind::AlreadyExists => Err(cause),
-            _ => root.dir(IMAGES).and_then(|images| images.make_private()),
+            Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => made.and_then(|()| root.sync()),
         }
-        .and_then(|()| root.sync())
-        .during(|| format!("cannot make {}", images.display()))?;
+        .during(|| format!("cannot make {}", root.path_of(IMAGES).display()))?;
         Ok(Self { path: path.to_owned(), id })
     }
 
@@ -191,7 +190,10 @@ mod tests {
         assert_eq!(Root::open(&path).unwrap().id, made.id);
 
         let deep = Root::open(&temp.path().join("no/where")).unwrap_err();
-        insta::assert_snapshot!(report(&deep, &temp), @"");
+        insta::assert_snapshot!(report(&deep, &temp), @"
+        STORE_UNAVAILABLE: cannot make the store /srv/no/where because /srv/no does not exist
+          help: mount its filesystem, or make the directory
+        ");
     }
 
     #[test]
@@ -200,7 +202,10 @@ mod tests {
         fs::create_dir(temp.path().join("lost+found")).unwrap();
         fs::write(temp.path().join("thesis.tex"), "").unwrap();
         let refused = Root::open(temp.path()).unwrap_err();
-        insta::assert_snapshot!(report(&refused, &temp), @"");
+        insta::assert_snapshot!(report(&refused, &temp), @r#"
+        STORE_UNAVAILABLE: /srv is no store of imaged, and not empty: it holds "thesis.tex"
+          help: give the store an empty directory of its own
+        "#);
         assert_eq!(fs::read_dir(temp.path()).unwrap().count(), 2);
         fs::remove_file(temp.path().join("thesis.tex")).unwrap();
         Root::open(temp.path()).unwrap();
@@ -213,11 +218,23 @@ mod tests {
         let root = Root::open(&path).unwrap();
         root.images().unwrap();
         fs::rename(&path, temp.path().join("elsewhere")).unwrap();
-        insta::assert_snapshot!(report(&root.images().unwrap_err(), &temp), @"");
+        insta::assert_snapshot!(report(&root.images().unwrap_err(), &temp), @"
+        STORE_UNAVAILABLE: the store's directory /srv/images vanished
+          0: No such file or directory (os error 2)
+          help: is it mounted? mount it, or restart imaged to begin a new store there
+        ");
         fs::create_dir(&path).unwrap();
-        insta::assert_snapshot!(report(&root.images().unwrap_err(), &temp), @"");
+        insta::assert_snapshot!(report(&root.images().unwrap_err(), &temp), @"
+        STORE_UNAVAILABLE: the store's directory /srv/images vanished
+          0: imaged-store.json is not there
+          help: is it mounted? mount it, or restart imaged to begin a new store there
+        ");
         Root::open(&path).unwrap();
-        insta::assert_snapshot!(report(&root.images().unwrap_err(), &temp), @"");
+        insta::assert_snapshot!(report(&root.images().unwrap_err(), &temp), @"
+        STORE_UNAVAILABLE: the store's directory /srv/images vanished
+          0: another store is there now
+          help: is it mounted? mount it, or restart imaged to begin a new store there
+        ");
         fs::remove_dir_all(&path).unwrap();
         fs::rename(temp.path().join("elsewhere"), &path).unwrap();
         root.images().unwrap();
@@ -228,6 +245,10 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         fs::write(temp.path().join(MARKER), r#"{"schema":"imaged.store/9","id":"x"}"#).unwrap();
         let refused = Root::open(temp.path()).unwrap_err();
-        insta::assert_snapshot!(report(&refused, &temp), @"");
+        insta::assert_snapshot!(report(&refused, &temp), @"
+        STORE_UNAVAILABLE: /srv/imaged-store.json is not the marker of a store of this version
+          0: unknown variant `imaged.store/9`, expected `imaged.store/1` at line 1 column 26
+          help: a newer imaged may have written it: update imaged
+        ");
     }
 }

@@ -98,7 +98,10 @@ mod tests {
         let ended = futures_util::future::join_all(jobs.collect::<Vec<_>>()).await;
         assert_eq!(entered.load(Ordering::SeqCst), THREADS);
         assert!(ended.iter().all(Result::is_err));
-        insta::assert_snapshot!(ended[0].as_ref().unwrap_err().report(), @"");
+        insta::assert_snapshot!(ended[0].as_ref().unwrap_err().report(), @"
+        the store at /srv/images did not answer within 1 seconds
+          help: look whether the disk or the NFS server under it hangs
+        ");
         drop(release);
         threads.run(NAMES, || Ok(())).await.unwrap();
     }

@@ -90,8 +90,7 @@ impl DirectoryUpload {
             .inspect_err(|_| drop(images.remove_dir(id.as_str())))?;
         match Self::fill(&store, &images, &dir) {
             Ok((claim, object)) => {
-                let open =
-                    Open { images, dir, object, parts: Mutex::default(), _claim: claim };
+                let open = Open { images, dir, object, parts: Mutex::default(), _claim: claim };
                 let stage = Arc::new(RwLock::new(Stage::Open(Box::new(open))));
                 Ok(Self { store, id, stage })
             }
@@ -114,8 +113,8 @@ impl DirectoryUpload {
         };
         // The claim is durable in its directory; now the directory in its own.
         images.sync().during(|| format!("cannot make {path} durable"))?;
-        let object = ObjectFile::create(dir, OBJECT)
-            .during(|| format!("cannot make {path}/{OBJECT}"))?;
+        let object =
+            ObjectFile::create(dir, OBJECT).during(|| format!("cannot make {path}/{OBJECT}"))?;
         Ok((claim, object))
     }
 }
