@@ -188,6 +188,9 @@ impl<T> During<T> for io::Result<T> {
 }
 
 fn meaning(cause: &io::Error) -> (Reason, &'static str) {
+    if cause.kind() == io::ErrorKind::InvalidData {
+        return (Reason::ImageCorrupt, "imaged did not write this: restore the file");
+    }
     let advice = match cause.raw_os_error().map(Errno::from_raw) {
         Some(Errno::ENOSPC) => {
             return (Reason::StoreFull, "delete images from the store, or name another store");
@@ -208,9 +211,10 @@ fn meaning(cause: &io::Error) -> (Reason, &'static str) {
         Some(Errno::EACCES | Errno::EPERM) => {
             "let imaged's user own the directory, and look whether AppArmor or SELinux forbids it"
         }
-        Some(Errno::ENOENT | Errno::ENOTDIR) => {
+        Some(Errno::ENOENT) => {
             "something removed it: look whether the store's filesystem is mounted"
         }
+        Some(Errno::ENOTDIR) => "a directory is wanted there: move away what is in its place",
         Some(Errno::ENOLCK | Errno::EOPNOTSUPP) => {
             "the filesystem has no locks, which uploads need: on NFS, mount it with locking"
         }

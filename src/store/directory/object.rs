@@ -128,6 +128,24 @@ mod tests {
         body
     }
 
+    #[test]
+    fn only_what_is_aligned_is_written_directly() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = Dir::at(temp.path()).unwrap();
+        let file = ObjectFile::create(&dir, "object").unwrap();
+        if file.direct.is_none() {
+            return;
+        }
+        let body = body(1, 12288);
+        assert_eq!(file.write_direct(&body, 4096).unwrap(), 12288);
+        assert_eq!(file.write_direct(&body[..8292], 4096).unwrap(), 8192);
+        assert_eq!(file.write_direct(&body[8..], 4096).unwrap(), 0);
+        assert_eq!(file.write_direct(&body, 512).unwrap(), 0);
+        assert_eq!(file.write_direct(&body[..4095], 0).unwrap(), 0);
+        file.direct_works.store(false, Ordering::Relaxed);
+        assert_eq!(file.write_direct(&body, 0).unwrap(), 0);
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]

@@ -293,3 +293,27 @@ impl fmt::Debug for DirectoryUpload {
         write!(f, "DirectoryUpload({} into {})", self.id, self.store.root.path().display())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::tests::{Bench, id, parts, sealed},
+        *,
+    };
+
+    #[tokio::test]
+    async fn an_abandoned_seal_shows_nothing() {
+        let bench = Bench::new();
+        let store = bench.store().await.store;
+        let upload = DirectoryUpload::begin(Arc::clone(&store), id(1)).unwrap();
+        let sealed = sealed(&id(1), &parts(&[100]));
+        upload.put(parts(&[100]).remove(0)).await.unwrap();
+        let stage = upload.stage.read().await;
+        let open = stage.open(&id(1)).unwrap();
+        let abandoned = CancellationToken::new();
+        abandoned.cancel();
+        let error = open.seal(&store, &id(1), &sealed, &abandoned).unwrap_err();
+        assert_eq!(error.reason(), Reason::Canceled);
+        assert!(!open.dir.has(MANIFEST).unwrap());
+    }
+}
