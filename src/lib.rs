@@ -20,5 +20,6 @@ pub mod format;
 pub mod model;
 pub mod pb;
 pub mod port;
+pub mod store;
 pub mod sys;
 pub mod work;
