@@ -9,7 +9,10 @@
 //! `hypervisor` and `journal` touch the world behind the traits of `port`;
 //! `daemon` wires them. Who may import whom is held by `tests/it/imports.rs`.
 
+pub mod config;
 pub mod error;
+pub mod hypervisor;
+pub mod journal;
 pub mod model;
 pub mod pb;
 pub mod port;
