@@ -10,10 +10,13 @@
 //! `daemon` wires them. Who may import whom is held by `tests/it/imports.rs`.
 
 pub mod config;
+pub mod daemon;
 pub mod error;
 pub mod hypervisor;
 pub mod journal;
 pub mod model;
 pub mod pb;
 pub mod port;
+pub mod rpc;
 pub mod sys;
+pub mod work;
