@@ -265,6 +265,3 @@ async fn blocking<T: Send + 'static>(
         .await
         .context(Reason::Internal, || "the daemon could not be prepared")?
 }
-
-#[cfg(test)]
-mod tests;

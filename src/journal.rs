@@ -57,9 +57,12 @@ pub struct Journal {
     thread: Option<JoinHandle<()>>,
 }
 
+/// A key and its value.
+type Entry = (String, Vec<u8>);
+
 enum Command {
     Put { key: String, value: Vec<u8>, done: oneshot::Sender<Result<(), Failed>> },
-    Load { done: oneshot::Sender<Result<Vec<(String, Vec<u8>)>, Failed>> },
+    Load { done: oneshot::Sender<Result<Vec<Entry>, Failed>> },
     Forget { keys: Vec<String>, done: oneshot::Sender<Result<(), Failed>> },
 }
 
@@ -283,7 +286,7 @@ fn put(database: &Database, key: &str, value: &[u8]) -> Result<(), Failed> {
     Ok(transaction.commit()?)
 }
 
-fn load(database: &Database) -> Result<Vec<(String, Vec<u8>)>, Failed> {
+fn load(database: &Database) -> Result<Vec<Entry>, Failed> {
     let table = database.begin_read()?.open_table(WORK_REQUESTS)?;
     let mut all = Vec::new();
     for entry in table.iter()? {

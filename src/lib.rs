@@ -9,9 +9,15 @@
 //! `hypervisor` and `journal` touch the world behind the traits of `port`;
 //! `daemon` wires them. Who may import whom is held by `tests/it/imports.rs`.
 
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!("imaged runs on 64-bit Linux: sizes are converted between u64 and usize freely");
+
+pub mod catalogue;
 pub mod config;
 pub mod daemon;
+pub mod encode;
 pub mod error;
+pub mod format;
 pub mod hypervisor;
 pub mod journal;
 pub mod model;

@@ -40,6 +40,53 @@ pub struct WorkRequest {
     pub retry: Option<Retry>,
 }
 
+impl WorkRequest {
+    /// A request that was just accepted.
+    #[must_use]
+    pub fn accepted(
+        id: WorkRequestId,
+        operation: Operation,
+        compartment_id: CompartmentId,
+        resources: Vec<Resource>,
+        now: Timestamp,
+        requested_by: String,
+        retry: Option<Retry>,
+    ) -> Self {
+        Self {
+            id,
+            operation,
+            status: Status::Accepted,
+            compartment_id,
+            resources,
+            phase: Phase::Queued,
+            progress: Progress::default(),
+            time_accepted: now,
+            time_started: None,
+            time_finished: None,
+            errors: Vec::new(),
+            logs: Vec::new(),
+            requested_by,
+            retry,
+        }
+    }
+
+    /// Ends it: with an error, or well.
+    pub fn finish(&mut self, status: Status, error: Option<ErrorEntry>, now: Timestamp) {
+        self.status = status;
+        self.phase = Phase::Done;
+        self.time_finished = Some(now);
+        self.errors.extend(error);
+        self.progress.per_second = 0;
+        if status == Status::Succeeded {
+            for resource in &mut self.resources {
+                if resource.action == Action::InProgress {
+                    resource.action = Action::Created;
+                }
+            }
+        }
+    }
+}
+
 /// A retry token and what it was first used for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Retry {

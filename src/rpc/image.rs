@@ -35,7 +35,7 @@ impl ImageService for Images {
         let work = self.work.clone();
         let (image, request) = to_the_end(async move { work.create_image(wanted).await }).await?;
         Ok(Response::new(pb::CreateImageResponse {
-            image: Some(image.into()),
+            image: image.map(Into::into),
             work_request: Some(request.into()),
         }))
     }

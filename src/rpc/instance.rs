@@ -5,7 +5,6 @@ use tonic::{Request, Response, Status};
 
 use super::{convert, status};
 use crate::{
-    error::{Error, Reason},
     pb::{self, instance_service_server::InstanceService},
     work::Work,
 };
@@ -47,19 +46,7 @@ impl InstanceService for Instances {
         request: Request<pb::GetInstanceRequest>,
     ) -> Result<Response<pb::Instance>, Status> {
         let wanted = &request.get_ref().instance_id;
-        let instances = self.work.instances();
-        // An id is somebody's for sure; a name could look like another's id.
-        let found = instances
-            .iter()
-            .find(|instance| instance.id.as_str() == wanted)
-            .or_else(|| instances.iter().find(|instance| instance.name == *wanted));
-        let Some(instance) = found else {
-            let message = format!("there is no instance {wanted:?} on this host");
-            return Err(status::from(
-                Error::new(Reason::InstanceNotFound, message)
-                    .advice("imagectl instance list shows those there are"),
-            ));
-        };
+        let instance = self.work.instance(wanted).map_err(status::from)?;
         let power = self.work.power_state(instance).await;
         Ok(Response::new(convert::instance(instance, power)))
     }

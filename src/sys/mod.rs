@@ -4,3 +4,4 @@
 
 pub mod aligned;
 pub mod peer;
+pub mod sched;

@@ -1,22 +1,127 @@
-//! A stand-in for the core while it is being written: it keeps nothing and
-//! makes nothing.
+//! The core: what a work request does, step by step.
+//!
+//! [`Work`] is what the API calls. It decides by [`admission`], gives each
+//! accepted request a task of its own ([`driver`]) and shows what the task
+//! publishes. A caller that hangs up cancels nothing.
+//!
+//! ```text
+//! create_image ─► resolve ─► preflight ─► admission ─► journal ─► task
+//!                                                                  │
+//!        GetWorkRequest, WatchWorkRequest ◄── watch channel ◄──────┘
+//! ```
 
-use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf, sync::Arc};
+pub mod admission;
+mod capture;
+mod driver;
+mod recover;
+mod registry;
+mod tracker;
+mod verify;
 
-use tokio::sync::watch;
+use std::{
+    collections::BTreeMap,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
+use tokio::sync::{Semaphore, watch};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use self::registry::Registry;
 use crate::{
+    catalogue::Catalogue,
     error::{Error, Reason, Result},
     model::{
         ByteSize, CompartmentId, ImageId, WorkRequestId,
-        image::{Compression, Image, LaunchMode},
-        instance::{Instance, PowerState},
-        work_request::WorkRequest,
+        image::{Compression, Consistency, Image, ImageState, LaunchMode, Origin, Record},
+        instance::{Instance, OperatingSystem, PowerState},
+        work_request::{Action, EntityType, Operation, Resource, Retry, WorkRequest},
     },
-    port::{Clock, Hypervisor, Journal, ObjectStore, Volumes},
+    port::{Clock, HeldVolume, Hypervisor, Journal, ObjectStore, Volumes},
 };
 
-/// The core.
+/// Everything that the work needs from the world.
+#[derive(Debug, Clone)]
+pub struct Ports {
+    /// Time and chance.
+    pub clock: Arc<dyn Clock>,
+    /// What runs the instances.
+    pub hypervisor: Arc<dyn Hypervisor>,
+    /// The volumes of this host.
+    pub volumes: Arc<dyn Volumes>,
+    /// Where images are kept.
+    pub stores: Vec<Arc<dyn ObjectStore>>,
+    /// What survives a restart.
+    pub journal: Arc<dyn Journal>,
+}
+
+/// What the configuration says about the work.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The instances of this host, by name.
+    pub instances: Vec<Instance>,
+    /// Store of images whose request names none.
+    pub default_store: String,
+    /// Compartment of images of volumes that belong to no instance.
+    pub default_compartment: CompartmentId,
+    /// Threads of one capture's encoder.
+    pub encode_threads: NonZeroUsize,
+    /// Volumes above this are refused.
+    pub max_volume: ByteSize,
+    /// Volumes above this are imaged with a warning: OCI takes no larger ones.
+    pub warn_volume: ByteSize,
+    /// Captures and verifications that run at once.
+    pub max_captures: NonZeroUsize,
+    /// Work requests that wait or run at once.
+    pub max_queued: usize,
+    /// This host's, e.g. `x86_64`.
+    pub architecture: String,
+}
+
+/// An order for an image.
+#[derive(Debug, Clone)]
+pub struct CreateImage {
+    /// What to image.
+    pub source: Source,
+    /// Where the image belongs; none: where the source does.
+    pub compartment_id: Option<CompartmentId>,
+    /// None: `image` and the time.
+    pub display_name: Option<String>,
+    /// Free-form tags.
+    pub freeform_tags: BTreeMap<String, String>,
+    /// How instances are to be launched from it.
+    pub launch_mode: LaunchMode,
+    /// How its clusters are compressed.
+    pub compression: Compression,
+    /// Makes asking twice asking once.
+    pub retry_token: Option<String>,
+    /// Who asks.
+    pub requested_by: String,
+}
+
+/// What to image.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// The boot volume of an instance, by OCID or name.
+    Instance(String),
+    /// A volume that belongs to no instance.
+    BootVolume(PathBuf),
+}
+
+/// An order to verify an image.
+#[derive(Debug, Clone)]
+pub struct VerifyImage {
+    /// Which.
+    pub image_id: ImageId,
+    /// Makes asking twice asking once.
+    pub retry_token: Option<String>,
+    /// Who asks.
+    pub requested_by: String,
+}
+
+/// The work of one daemon. Clones share it.
 #[derive(Debug, Clone)]
 pub struct Work(Arc<Inner>);
 
@@ -24,118 +129,430 @@ pub struct Work(Arc<Inner>);
 struct Inner {
     ports: Ports,
     settings: Settings,
+    catalogue: Catalogue,
+    registry: Registry,
+    /// Places for work that runs.
+    places: Semaphore,
+    tasks: TaskTracker,
+    /// Cancelled when the daemon stops.
+    closing: CancellationToken,
 }
 
-/// What an image is made of, and how.
-#[derive(Debug)]
-#[allow(missing_docs, reason = "a stand-in")]
-pub struct CreateImage {
-    pub source: Source,
-    pub compartment_id: Option<CompartmentId>,
-    pub display_name: Option<String>,
-    pub freeform_tags: BTreeMap<String, String>,
-    pub launch_mode: LaunchMode,
-    pub compression: Compression,
-    pub retry_token: Option<String>,
-    pub requested_by: String,
-}
+/// Work that waits longer than this for its undoing is left to the next
+/// start, which sweeps.
+const SHUTDOWN: Duration = Duration::from_secs(60);
 
-/// What is imaged.
-#[derive(Debug)]
-pub enum Source {
-    /// OCID or name.
-    Instance(String),
-    /// Its path.
-    BootVolume(PathBuf),
-}
-
-/// Which image is verified.
-#[derive(Debug)]
-#[allow(missing_docs, reason = "a stand-in")]
-pub struct VerifyImage {
-    pub image_id: ImageId,
-    pub retry_token: Option<String>,
-    pub requested_by: String,
-}
-
-/// The world.
-#[derive(Debug)]
-#[allow(missing_docs, reason = "a stand-in")]
-pub struct Ports {
-    pub clock: Arc<dyn Clock>,
-    pub hypervisor: Arc<dyn Hypervisor>,
-    pub volumes: Arc<dyn Volumes>,
-    pub stores: Vec<Arc<dyn ObjectStore>>,
-    pub journal: Arc<dyn Journal>,
-}
-
-/// What an operator sets.
-#[derive(Debug)]
-#[allow(missing_docs, reason = "a stand-in")]
-pub struct Settings {
-    pub instances: Vec<Instance>,
-    pub default_store: String,
-    pub default_compartment: CompartmentId,
-    pub encode_threads: NonZeroUsize,
-    pub max_volume: ByteSize,
-    pub warn_volume: ByteSize,
-    pub max_captures: NonZeroUsize,
-    pub max_queued: usize,
-    pub architecture: String,
-}
-
-#[allow(missing_docs, clippy::unused_async, clippy::missing_errors_doc, reason = "a stand-in")]
 impl Work {
+    /// Cleans up after a daemon that died, then is ready for orders.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`, `STORE_NOT_FOUND` when the default store is none. A
+    /// store that does not answer is only warned of.
     pub async fn start(ports: Ports, settings: Settings) -> Result<Self> {
-        ports.journal.load().await?;
-        Ok(Self(Arc::new(Inner { ports, settings })))
+        let catalogue = Catalogue::new(ports.stores.clone());
+        catalogue.store(&settings.default_store)?;
+        let registry = Registry::new(recover::recover(&ports).await?);
+        Ok(Self(Arc::new(Inner {
+            catalogue,
+            registry,
+            places: Semaphore::new(settings.max_captures.get()),
+            tasks: TaskTracker::new(),
+            closing: CancellationToken::new(),
+            ports,
+            settings,
+        })))
     }
 
-    pub async fn create_image(&self, wanted: CreateImage) -> Result<(Image, WorkRequest)> {
-        let missing = format!("there is no {:?}", wanted.source);
-        Err(Error::new(Reason::InstanceNotFound, missing))
+    /// Accepts an order for an image; answers when it is in the journal. The
+    /// image is missing when the order was known and its image is gone.
+    ///
+    /// # Errors
+    ///
+    /// What makes the order impossible now: `INSTANCE_NOT_FOUND`,
+    /// `INSTANCE_RUNNING`, `INVALID_PARAMETER`, those of [`Volumes::hold`],
+    /// `VOLUME_TOO_LARGE`, `SOURCE_LOCKED`, `TOO_MANY_REQUESTS`,
+    /// `RETRY_TOKEN_REUSED`.
+    pub async fn create_image(&self, wanted: CreateImage) -> Result<(Option<Image>, WorkRequest)> {
+        let retry = retry(&wanted.retry_token, &wanted.requested_by, &fingerprint(&wanted));
+        if let Some(known) = self.0.known(retry.as_ref())? {
+            return Ok((self.image_of(&known).await?, known));
+        }
+        check_name(wanted.display_name.as_deref())?;
+        let (origin, instance) = self.origin(&wanted).await?;
+        // Wrong orders fail at once, not when their turn comes. The volume
+        // is let go again: a queue must not keep a VM from starting.
+        drop(self.preflight(instance.as_ref(), &origin.source_volume).await?);
+
+        let now = self.0.ports.clock.now();
+        let id = ImageId::generate(now, self.0.ports.clock.random());
+        let compartment_id = wanted
+            .compartment_id
+            .or_else(|| instance.as_ref().map(|instance| instance.compartment_id.clone()))
+            .unwrap_or_else(|| self.0.settings.default_compartment.clone());
+        let display_name =
+            wanted.display_name.unwrap_or_else(|| format!("image-{}", compact(&now.to_string())));
+        let record = Record { compartment_id, display_name, freeform_tags: wanted.freeform_tags };
+
+        let resource =
+            |action, entity_type, identifier: String| Resource { action, entity_type, identifier };
+        let mut resources = vec![resource(Action::InProgress, EntityType::Image, id.to_string())];
+        if let Some(instance) = &instance {
+            let identifier = instance.id.to_string();
+            resources.push(resource(Action::Related, EntityType::Instance, identifier));
+        }
+        let volume = origin.source_volume.display().to_string();
+        resources.push(resource(Action::Related, EntityType::Volume, volume));
+
+        let compartment_id = record.compartment_id.clone();
+        let image = Image { id, record, origin, state: ImageState::Provisioning };
+        let request = self.0.new_request(
+            Operation::CreateImage,
+            compartment_id,
+            resources,
+            wanted.requested_by,
+            retry,
+        );
+        let lock = admission::Lock::Source(image.origin.source_volume.clone());
+        let request = match self.0.admit(request, lock).await? {
+            registry::Admitted::Known(known) => {
+                return Ok((self.image_of(&known).await?, known));
+            }
+            registry::Admitted::New(request, job) => {
+                self.0.catalogue.begin(image.clone());
+                driver::spawn(
+                    self,
+                    job,
+                    driver::Task::Capture(Box::new(capture::Capture {
+                        image: image.clone(),
+                        instance,
+                    })),
+                );
+                request
+            }
+        };
+        Ok((Some(image), request))
     }
 
+    /// Accepts an order to verify an image.
+    ///
+    /// # Errors
+    ///
+    /// `IMAGE_NOT_FOUND`, `IMAGE_LOCKED`, `TOO_MANY_REQUESTS`,
+    /// `RETRY_TOKEN_REUSED`, `STORE_UNAVAILABLE`.
     pub async fn verify_image(&self, wanted: VerifyImage) -> Result<WorkRequest> {
-        self.image(&wanted.image_id).await?;
-        Err(Error::new(Reason::Internal, "the stand-in verifies nothing"))
+        let words = format!("verify {}", wanted.image_id);
+        let retry = retry(&wanted.retry_token, &wanted.requested_by, &words);
+        if let Some(known) = self.0.known(retry.as_ref())? {
+            return Ok(known);
+        }
+        let found = self.0.catalogue.find(&wanted.image_id).await?;
+        let resources = vec![Resource {
+            action: Action::Related,
+            entity_type: EntityType::Image,
+            identifier: wanted.image_id.to_string(),
+        }];
+        let request = self.0.new_request(
+            Operation::VerifyImage,
+            found.image.record.compartment_id.clone(),
+            resources,
+            wanted.requested_by,
+            retry,
+        );
+        let lock = admission::Lock::Image(wanted.image_id);
+        match self.0.admit(request, lock).await? {
+            registry::Admitted::Known(known) => Ok(known),
+            registry::Admitted::New(request, job) => {
+                driver::spawn(self, job, driver::Task::Verify(Box::new(found)));
+                Ok(request)
+            }
+        }
     }
 
+    /// Removes an image from its store.
+    ///
+    /// # Errors
+    ///
+    /// `IMAGE_NOT_FOUND`, `IMAGE_LOCKED`, `STORE_UNAVAILABLE`.
     pub async fn delete_image(&self, id: &ImageId) -> Result<()> {
-        self.image(id).await.map(drop)
+        let image = self.0.catalogue.get(id).await?;
+        self.0.registry.check_unlocked(&admission::Lock::Image(image.id.clone()))?;
+        self.0.catalogue.delete(id).await?;
+        tracing::info!(image = %id, name = image.record.display_name, "image deleted");
+        Ok(())
     }
 
+    /// One image.
+    ///
+    /// # Errors
+    ///
+    /// `IMAGE_NOT_FOUND`, `STORE_UNAVAILABLE`.
     pub async fn image(&self, id: &ImageId) -> Result<Image> {
-        Err(Error::new(Reason::ImageNotFound, format!("there is no image {id}")))
+        self.0.catalogue.get(id).await
     }
 
+    /// All images, by id.
+    ///
+    /// # Errors
+    ///
+    /// `STORE_UNAVAILABLE`.
     pub async fn images(&self) -> Result<Vec<Image>> {
-        Ok(Vec::new())
+        self.0.catalogue.list().await
     }
 
+    /// The instances of this host.
+    #[must_use]
     pub fn instances(&self) -> &[Instance] {
         &self.0.settings.instances
     }
 
+    /// The instance with this OCID or name.
+    ///
+    /// # Errors
+    ///
+    /// `INSTANCE_NOT_FOUND`.
+    pub fn instance(&self, id_or_name: &str) -> Result<&Instance> {
+        let matches = |instance: &&Instance| {
+            instance.name == id_or_name || instance.id.as_str() == id_or_name
+        };
+        self.instances().iter().find(matches).ok_or_else(|| {
+            let context = format!("there is no instance {id_or_name:?} on this host");
+            Error::new(Reason::InstanceNotFound, context)
+                .advice("`imagectl instance list` shows the instances that imaged was told of")
+                .field("instance_id")
+        })
+    }
+
+    /// Whether an instance runs.
     pub async fn power_state(&self, instance: &Instance) -> PowerState {
         self.0.ports.hypervisor.power_state(instance).await
     }
 
+    /// One work request as it is now.
+    ///
+    /// # Errors
+    ///
+    /// `WORK_REQUEST_NOT_FOUND`.
     pub fn work_request(&self, id: &WorkRequestId) -> Result<WorkRequest> {
-        Err(Error::new(Reason::WorkRequestNotFound, format!("there is no work request {id}")))
+        Ok(self.watch(id)?.borrow().clone())
     }
 
+    /// All work requests that are remembered, newest first.
+    #[must_use]
     pub fn work_requests(&self) -> Vec<WorkRequest> {
-        Vec::new()
+        self.0.registry.all()
     }
 
+    /// Follows a work request. After a final status nothing comes any more.
+    ///
+    /// # Errors
+    ///
+    /// `WORK_REQUEST_NOT_FOUND`.
     pub fn watch(&self, id: &WorkRequestId) -> Result<watch::Receiver<WorkRequest>> {
-        self.work_request(id).map(|request| watch::channel(request).1)
+        self.0.registry.watch(id)
     }
 
+    /// Asks for the end of a work request. One that has ended stays as it is.
+    ///
+    /// # Errors
+    ///
+    /// `WORK_REQUEST_NOT_FOUND`.
     pub fn cancel(&self, id: &WorkRequestId) -> Result<WorkRequest> {
-        self.work_request(id)
+        self.0.registry.cancel(id)
     }
 
-    pub async fn shutdown(&self) {}
+    /// Takes no more orders, ends what runs and waits for its undoing, a
+    /// minute at most.
+    pub async fn shutdown(&self) {
+        self.0.closing.cancel();
+        self.0.tasks.close();
+        if tokio::time::timeout(SHUTDOWN, self.0.tasks.wait()).await.is_err() {
+            tracing::error!("work is still being undone; the next start finishes that");
+        }
+    }
+
+    /// What is settled about the image, and its instance.
+    async fn origin(&self, wanted: &CreateImage) -> Result<(Origin, Option<Instance>)> {
+        let instance = match &wanted.source {
+            Source::Instance(id) => Some(self.instance(id)?.clone()),
+            Source::BootVolume(_) => None,
+        };
+        let source_volume = match (&wanted.source, &instance) {
+            (Source::BootVolume(path), _) => check_path(path)?,
+            (_, Some(instance)) => instance.boot_volume.clone(),
+            (Source::Instance(_), None) => PathBuf::new(),
+        };
+        let of_instance = instance.as_ref();
+        let origin = Origin {
+            time_created: self.0.ports.clock.now(),
+            source_instance_id: of_instance.map(|instance| instance.id.clone()),
+            source_volume: resolve(source_volume).await,
+            base_image_id: of_instance.and_then(|instance| instance.base_image_id.clone()),
+            os: of_instance.map_or_else(OperatingSystem::default, |instance| instance.os.clone()),
+            architecture: self.0.settings.architecture.clone(),
+            launch_mode: wanted.launch_mode,
+            create_image_allowed: true,
+            compression: wanted.compression,
+            consistency: Consistency::Clean,
+            store: self.0.settings.default_store.clone(),
+        };
+        Ok((origin, instance))
+    }
+
+    /// Whether the source may be imaged now; if so, holds it.
+    async fn preflight(
+        &self,
+        instance: Option<&Instance>,
+        volume: &Path,
+    ) -> Result<Box<dyn HeldVolume>> {
+        if let Some(instance) = instance {
+            match self.power_state(instance).await {
+                PowerState::Stopped => {}
+                PowerState::Running => return Err(running(instance)),
+                PowerState::Unknown(why) => {
+                    let context =
+                        format!("it is unknown whether instance {:?} runs", instance.name);
+                    return Err(Error::new(Reason::InstanceRunning, context).because(why).advice(
+                        "check `qmp_socket` in the instance's file; imaged never guesses",
+                    ));
+                }
+            }
+        }
+        let held = self.0.ports.volumes.hold(volume).await?;
+        let size = held.facts().size;
+        let max = self.0.settings.max_volume;
+        if size > max {
+            let context = format!(
+                "{} is {size} and larger than the {max} that are allowed",
+                volume.display()
+            );
+            return Err(Error::new(Reason::VolumeTooLarge, context)
+                .advice("OCI takes images of at most 400 GB; `max_volume_size` sets the limit"));
+        }
+        Ok(held)
+    }
+
+    /// The image that `request` made or makes, if it is still there.
+    async fn image_of(&self, request: &WorkRequest) -> Result<Option<Image>> {
+        let mut resources = request.resources.iter();
+        let image = resources.find(|resource| resource.entity_type == EntityType::Image);
+        let Some(id) = image.and_then(|image| image.identifier.parse().ok()) else {
+            return Ok(None);
+        };
+        match self.image(&id).await {
+            Ok(image) => Ok(Some(image)),
+            Err(error) if error.reason() == Reason::ImageNotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Inner {
+    fn new_request(
+        &self,
+        operation: Operation,
+        compartment_id: CompartmentId,
+        resources: Vec<Resource>,
+        requested_by: String,
+        retry: Option<Retry>,
+    ) -> WorkRequest {
+        let now = self.ports.clock.now();
+        let id = WorkRequestId::generate(now, self.ports.clock.random());
+        WorkRequest::accepted(id, operation, compartment_id, resources, now, requested_by, retry)
+    }
+
+    /// The work request that this token belongs to.
+    fn known(&self, retry: Option<&Retry>) -> Result<Option<WorkRequest>> {
+        self.registry.known(retry, self.ports.clock.now())
+    }
+
+    /// Registers and journals a request, unless it must not run.
+    async fn admit(
+        &self,
+        request: WorkRequest,
+        lock: admission::Lock,
+    ) -> Result<registry::Admitted> {
+        if self.closing.is_cancelled() {
+            return Err(Error::new(Reason::DaemonStopped, "imaged is being stopped"));
+        }
+        let max = self.settings.max_queued;
+        let admitted = self.registry.admit(request, lock, max, self.closing.child_token())?;
+        if let registry::Admitted::New(request, _) = &admitted {
+            if let Err(error) = self.ports.journal.put(request).await {
+                self.registry.forget(&request.id);
+                return Err(error);
+            }
+            self.ports.journal.forget(&self.registry.evict()).await?;
+        }
+        Ok(admitted)
+    }
+}
+
+fn running(instance: &Instance) -> Error {
+    let context = format!("instance {:?} is running", instance.name);
+    Error::new(Reason::InstanceRunning, context)
+        .advice("this version images stopped instances: shut it down first")
+        .field("instance_id")
+}
+
+/// Symbolic links resolved where they can be, so that one volume has one
+/// lock. What does not exist fails in preflight with a better word.
+async fn resolve(path: PathBuf) -> PathBuf {
+    tokio::fs::canonicalize(&path).await.unwrap_or(path)
+}
+
+fn check_path(path: &Path) -> Result<PathBuf> {
+    if path.is_absolute() {
+        return Ok(path.to_owned());
+    }
+    let context = format!("{:?} is not an absolute path", path.display().to_string());
+    Err(Error::new(Reason::InvalidParameter, context)
+        .advice("name the volume from the root on, e.g. /dev/vg0/web-1")
+        .field("boot_volume"))
+}
+
+/// OCI: 1 to 255 characters. Control characters would forge log lines.
+fn check_name(name: Option<&str>) -> Result<()> {
+    let wrong = match name {
+        None => return Ok(()),
+        Some("") => "is empty",
+        Some(name) if name.chars().count() > 255 => "is longer than 255 characters",
+        Some(name) if name.chars().any(char::is_control) => "has control characters",
+        Some(_) => return Ok(()),
+    };
+    Err(Error::new(Reason::InvalidParameter, format!("the display name {wrong}"))
+        .advice("give 1 to 255 printable characters, or none to have one made")
+        .field("display_name"))
+}
+
+/// `2026-11-21T08:45:16.000Z` without what file names and shells dislike.
+fn compact(time: &str) -> String {
+    time.chars().take(19).filter(|c| *c != '-' && *c != ':').collect()
+}
+
+/// What the order says, whoever sends it: two orders with one retry token
+/// must be the same.
+fn fingerprint(wanted: &CreateImage) -> String {
+    let CreateImage {
+        source,
+        compartment_id,
+        display_name,
+        freeform_tags,
+        launch_mode,
+        compression,
+        retry_token: _,
+        requested_by: _,
+    } = wanted;
+    format!(
+        "create {source:?} {compartment_id:?} {display_name:?} {freeform_tags:?} {launch_mode} \
+         {compression}"
+    )
+}
+
+/// Tokens are each user's own.
+fn retry(token: &Option<String>, user: &str, words: &str) -> Option<Retry> {
+    token.as_ref().map(|token| Retry {
+        token: format!("{user}/{token}"),
+        fingerprint: blake3::hash(words.as_bytes()).to_string(),
+    })
 }

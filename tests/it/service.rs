@@ -1,29 +1,38 @@
 //! The daemon on a socket of its own, over parts that hold nothing.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
-use nix::unistd::{Group, getegid};
-use tokio::{net::UnixStream, task::JoinHandle};
-use tonic::{Code, transport::Channel};
-use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
-use tonic_reflection::pb::{v1, v1alpha};
-use tonic_types::StatusExt;
-
-use super::*;
-use crate::{
+use imaged::{
+    config::Config,
+    daemon::{Parts, SystemClock, run},
+    error::{Error, Reason, Result},
     hypervisor::QemuHost,
     model::{
         ByteSize, ImageId,
-        host::Space,
+        host::{Feature, Space},
         image::{Manifest, Record},
+        instance::Instance,
     },
     pb::{
         self, host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
         instance_service_client::InstanceServiceClient,
         work_request_service_client::WorkRequestServiceClient,
     },
-    port::{Delete, HeldVolume, ObjectReader, Upload},
+    port::{BoxFuture, Delete, HeldVolume, ObjectReader, ObjectStore, Upload, Volumes},
 };
+
+use nix::unistd::{Group, getegid};
+use tokio::{net::UnixStream, task::JoinHandle, time::timeout};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+use tonic_reflection::pb::{v1, v1alpha};
+use tonic_types::StatusExt;
 
 #[derive(Debug)]
 struct NoVolumes;
@@ -305,7 +314,7 @@ async fn a_client_that_stays_does_not_keep_the_daemon() {
     let mut watch = health.watch(HealthCheckRequest::default()).await.unwrap().into_inner();
     assert_eq!(watch.message().await.unwrap().unwrap().status, 1);
     let silent = UnixStream::connect(daemon.socket()).await.unwrap();
-    timeout(CLOSE_PATIENCE * 2, daemon.stop()).await.unwrap().unwrap();
+    timeout(Duration::from_secs(10), daemon.stop()).await.unwrap().unwrap();
     drop(silent);
 }
 
@@ -343,7 +352,7 @@ async fn root_strangers_are_refused_and_supplementary_groups_count() {
                 .args(["--reuid", user, "--regid", "65534", groups, "--"])
                 .arg(&client)
                 .args(["--ignored", "--nocapture", "--exact"])
-                .arg("daemon::tests::root_calls_as_somebody_else")
+                .arg("service::root_calls_as_somebody_else")
                 .env("IMAGED_TEST_SOCKET", daemon.socket());
             move || command.output().unwrap()
         })

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Lint: format, clippy, shell scripts, dependencies. CI runs exactly this.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cargo fmt --all -- --check
+cargo clippy --locked --all-targets -- --deny warnings
+RUSTDOCFLAGS='--deny warnings' cargo doc --locked --no-deps --quiet
+shellcheck packaging/*.sh tests/*.sh tests/lab/*.sh tests/fuzz/*.sh .ci/run
+target/tools/bin/cargo-deny --log-level error check --config packaging/deny.toml bans licenses sources

@@ -1,0 +1,141 @@
+//! Which images there are.
+//!
+//! The stores are the truth and are asked each time; the catalogue itself
+//! knows only the images that are being made, which no store shows.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use crate::{
+    error::{Error, Reason, Result},
+    model::{
+        ImageId,
+        image::{Image, ImageState},
+    },
+    port::{Delete, ObjectStore},
+};
+
+/// The images of all stores, and those on their way there.
+#[derive(Debug)]
+pub struct Catalogue {
+    stores: Vec<Arc<dyn ObjectStore>>,
+    provisioning: Mutex<BTreeMap<ImageId, Image>>,
+}
+
+/// A whole image and the store that has it.
+#[derive(Debug)]
+pub struct Found {
+    /// The image.
+    pub image: Image,
+    /// Where it is.
+    pub store: Arc<dyn ObjectStore>,
+}
+
+impl Catalogue {
+    /// A catalogue of `stores`.
+    #[must_use]
+    pub fn new(stores: Vec<Arc<dyn ObjectStore>>) -> Self {
+        Self { stores, provisioning: Mutex::default() }
+    }
+
+    /// All stores, in the order of the configuration.
+    #[must_use]
+    pub fn stores(&self) -> &[Arc<dyn ObjectStore>] {
+        &self.stores
+    }
+
+    /// The store `name`.
+    ///
+    /// # Errors
+    ///
+    /// `STORE_NOT_FOUND`.
+    pub fn store(&self, name: &str) -> Result<&Arc<dyn ObjectStore>> {
+        self.stores.iter().find(|store| store.name() == name).ok_or_else(|| {
+            Error::new(Reason::StoreNotFound, format!("there is no store {name:?}"))
+                .advice("`imagectl host get` lists the stores")
+        })
+    }
+
+    /// Shows `image` as being made.
+    pub fn begin(&self, image: Image) {
+        self.lock().insert(image.id.clone(), image);
+    }
+
+    /// Ends that: the image is in its store, or nowhere.
+    pub fn end(&self, id: &ImageId) {
+        self.lock().remove(id);
+    }
+
+    /// All images, those being made included, by id.
+    ///
+    /// # Errors
+    ///
+    /// `STORE_UNAVAILABLE`: a list without one store's images would look
+    /// complete.
+    pub async fn list(&self) -> Result<Vec<Image>> {
+        // First what is being made: what is sealed meanwhile then replaces it.
+        let mut images = self.lock().clone();
+        for store in &self.stores {
+            for (manifest, record) in store.list().await? {
+                images.insert(manifest.id.clone(), manifest.into_image(record));
+            }
+        }
+        Ok(images.into_values().collect())
+    }
+
+    /// The image `id`, in whatever state.
+    ///
+    /// # Errors
+    ///
+    /// `IMAGE_NOT_FOUND`, `STORE_UNAVAILABLE`.
+    pub async fn get(&self, id: &ImageId) -> Result<Image> {
+        match self.find(id).await {
+            Ok(found) => Ok(found.image),
+            Err(error) => self.lock().get(id).cloned().ok_or(error),
+        }
+    }
+
+    /// The whole image `id` and its store.
+    ///
+    /// # Errors
+    ///
+    /// `IMAGE_NOT_FOUND`, `STORE_UNAVAILABLE`.
+    pub async fn find(&self, id: &ImageId) -> Result<Found> {
+        let mut unavailable = None;
+        for store in &self.stores {
+            match store.get(id).await {
+                Ok(Some((manifest, record))) => {
+                    let image = manifest.into_image(record);
+                    return Ok(Found { image, store: Arc::clone(store) });
+                }
+                Ok(None) => {}
+                Err(error) => unavailable = Some(error),
+            }
+        }
+        Err(unavailable.unwrap_or_else(|| not_found(id)))
+    }
+
+    /// Removes the whole image `id`.
+    ///
+    /// # Errors
+    ///
+    /// `IMAGE_NOT_FOUND`, `STORE_UNAVAILABLE`.
+    pub async fn delete(&self, id: &ImageId) -> Result<()> {
+        let found = self.find(id).await?;
+        debug_assert!(matches!(found.image.state, ImageState::Available(_)));
+        match found.store.delete(id).await? {
+            Delete::Deleted | Delete::AlreadyDeleted => Ok(()),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<ImageId, Image>> {
+        self.provisioning.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn not_found(id: &ImageId) -> Error {
+    Error::new(Reason::ImageNotFound, format!("there is no image {id}"))
+        .advice("`imagectl image list` shows the images of this host's stores")
+}

@@ -1,0 +1,279 @@
+//! From pieces of a volume to parts of a qcow2, in parallel and in order.
+//!
+//! Every thread does everything: it takes a piece, digests and compresses it,
+//! and hands it to the [`assembler`](assembler), which appends what is next
+//! in order; whoever completes a part hashes it and sends it on. So there is
+//! one knob, the number of threads, and one place that waits, the channel of
+//! parts: backpressure from the store stops the threads, and they, holding
+//! the reader's buffers, stop the reader.
+//!
+//! ```text
+//!            ┌─ digest, compress ─┐
+//!  pieces ──►├─ digest, compress ─┤──► reorder, lay out ──► hash ──► parts
+//!            └─ digest, compress ─┘      (one at a time)
+//! ```
+
+#![allow(clippy::cast_possible_truncation, reason = "usize has 64 bits: see lib.rs")]
+
+mod assembler;
+mod extent;
+#[cfg(test)]
+mod tests;
+pub mod verify;
+mod window;
+
+use std::{
+    num::NonZeroUsize,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc::Receiver,
+    },
+    thread,
+};
+
+use sha2::{Digest, Sha256};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    assembler::{Assembler, Step},
+    window::FullPart,
+};
+use crate::{
+    error::{Context, Error, Reason, Result},
+    format::qcow2::{cluster::Encoder, content},
+    model::{
+        ByteSize,
+        image::{Compression, ContentDigest, EXTENT_SIZE, ObjectDigest, StoredPart},
+    },
+    port::{Part, Piece},
+    sys,
+};
+
+/// What to encode, and with how much of the machine.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The volume's exact size.
+    pub volume_size: ByteSize,
+    /// How clusters are compressed.
+    pub compression: Compression,
+    /// Threads, all at `SCHED_IDLE`: they run when nothing else wants to,
+    /// because a hypervisor's cores are sold.
+    pub threads: NonZeroUsize,
+}
+
+/// What has passed so far, for progress.
+#[derive(Debug, Default)]
+pub struct Meter {
+    read: AtomicU64,
+    skipped: AtomicU64,
+}
+
+impl Meter {
+    /// Bytes of the volume that were read and encoded.
+    pub fn read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the volume that were known to be zeroes.
+    pub fn skipped(&self) -> u64 {
+        self.skipped.load(Ordering::Relaxed)
+    }
+}
+
+/// What is known of the image when all of it was encoded.
+#[derive(Debug)]
+pub struct Encoded {
+    /// Size that the guest sees.
+    pub virtual_size: ByteSize,
+    /// Size of the object.
+    pub object_size: ByteSize,
+    /// Digest of what the guest sees.
+    pub content_digest: ContentDigest,
+    /// Digest of the object.
+    pub object_digest: ObjectDigest,
+    /// 32 bytes for each extent.
+    pub extent_digests: Vec<u8>,
+    /// The parts, in the object's order.
+    pub parts: Vec<StoredPart>,
+}
+
+/// Encodes everything that comes through `pieces` and sends it as `parts`:
+/// the first part, which holds the header, last. Returns when `pieces` has
+/// ended and all parts were taken.
+///
+/// Blocks, and lowers the priority of its thread: call it on a thread of its
+/// own. At most [`window::POOL`] part buffers and the first part are alive.
+///
+/// # Errors
+///
+/// `CANCELED` after `stop`, or when nobody takes parts or the pieces ended
+/// early; the one who caused that knows why.
+pub fn run(
+    settings: &Settings,
+    pieces: Receiver<Piece>,
+    parts: mpsc::Sender<Part>,
+    meter: &Meter,
+    stop: &CancellationToken,
+) -> Result<Encoded> {
+    let line = Line {
+        volume_size: settings.volume_size.get(),
+        compression: settings.compression,
+        pieces: Mutex::new(pieces),
+        assembler: Mutex::new(Assembler::new(settings.volume_size, settings.compression, stop)),
+        outlet: Outlet { digests: Mutex::new(Vec::new()), parts, stop },
+        meter,
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..settings.threads.get())
+            .map(|index| {
+                thread::Builder::new()
+                    .name(format!("encode-{index}"))
+                    .spawn_scoped(scope, || line.work())
+            })
+            .collect();
+        let mut outcome = line.work();
+        for other in others {
+            let joined = match other {
+                Ok(thread) => thread.join().unwrap_or_else(|_| Err(defect("a thread panicked"))),
+                Err(cause) => Err(defect("a thread cannot be started").because(cause)),
+            };
+            outcome = outcome.and(joined);
+        }
+        outcome
+    })?;
+    line.finish()
+}
+
+fn defect(what: &str) -> Error {
+    Error::new(Reason::Internal, format!("encoding: {what}"))
+}
+
+/// What the threads share.
+struct Line<'a> {
+    volume_size: u64,
+    compression: Compression,
+    pieces: Mutex<Receiver<Piece>>,
+    assembler: Mutex<Assembler<'a>>,
+    outlet: Outlet<'a>,
+    meter: &'a Meter,
+}
+
+/// Where full parts leave.
+struct Outlet<'a> {
+    /// SHA-256 and size of each part, by number less one.
+    digests: Mutex<Vec<Option<StoredPart>>>,
+    parts: mpsc::Sender<Part>,
+    stop: &'a CancellationToken,
+}
+
+impl Line<'_> {
+    /// One thread: until the pieces end.
+    fn work(&self) -> Result<()> {
+        if let Err(cause) = sys::sched::set_idle() {
+            tracing::warn!(error = %cause, "encoding runs at normal priority");
+        }
+        let mut encoder = Encoder::new(self.compression)
+            .context(Reason::Internal, || "encoding: no compressor could be made")?;
+        loop {
+            // The lock is held while waiting: the others wait for it instead.
+            let Ok(piece) = lock(&self.pieces).recv() else { return Ok(()) };
+            self.outlet.check()?;
+            let (first, encoded) = match piece {
+                Piece::Data(extent) => {
+                    let bytes = (*extent.bytes).as_ref().len() as u64;
+                    self.meter.read.fetch_add(bytes, Ordering::Relaxed);
+                    let scratch = lock(&self.assembler).scratch();
+                    (extent.index, extent::encode(extent, &mut encoder, scratch))
+                }
+                Piece::Zeroes { first, count } => {
+                    let end = self.volume_size.min((first + count) * EXTENT_SIZE);
+                    let bytes = end.saturating_sub(first * EXTENT_SIZE);
+                    self.meter.skipped.fetch_add(bytes, Ordering::Relaxed);
+                    (first, extent::Encoded::Zeroes { count })
+                }
+            };
+            self.append(first, encoded)?;
+        }
+    }
+
+    /// Hands an extent to the assembler and lets it go on as far as it can.
+    fn append(&self, first: u64, encoded: extent::Encoded) -> Result<()> {
+        let mut assembler = lock(&self.assembler);
+        assembler.insert(first, encoded);
+        loop {
+            match assembler.step() {
+                Step::Waiting => return Ok(()),
+                Step::Appended => {}
+                Step::Full(part) => {
+                    // Hashing and a full store must not stop the others.
+                    drop(assembler);
+                    self.outlet.send(part)?;
+                    assembler = lock(&self.assembler);
+                }
+            }
+        }
+    }
+
+    /// After the last piece: the tables, the last parts, the first part.
+    fn finish(self) -> Result<Encoded> {
+        self.outlet.check()?;
+        let assembler = self.assembler.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let finished = assembler.finish().ok_or_else(canceled)?;
+        for part in finished.parts {
+            self.outlet.send(part)?;
+        }
+        let parts = self.outlet.into_parts()?;
+        let mut sha256 = Sha256::new();
+        parts.iter().for_each(|part| sha256.update(part.sha256.0));
+        Ok(Encoded {
+            virtual_size: ByteSize(finished.virtual_size),
+            object_size: ByteSize(finished.object_size),
+            content_digest: content::content_digest(&finished.extent_digests),
+            object_digest: ObjectDigest(sha256.finalize().into()),
+            extent_digests: finished.extent_digests,
+            parts,
+        })
+    }
+}
+
+impl Outlet<'_> {
+    /// Hashes a part and waits until someone takes it.
+    fn send(&self, part: FullPart) -> Result<()> {
+        self.check()?;
+        let sha256 = ObjectDigest(Sha256::digest(part.bytes()).into());
+        let size = ByteSize(part.bytes().len() as u64);
+        let index = part.number as usize - 1;
+        {
+            let mut digests = lock(&self.digests);
+            if digests.len() <= index {
+                digests.resize(index + 1, None);
+            }
+            digests[index] = Some(StoredPart { size, sha256 });
+        }
+        let (number, offset) = (part.number, part.offset);
+        let part = Part { number, offset, body: Box::new(part), sha256 };
+        self.parts.blocking_send(part).map_err(|_| canceled())
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.stop.is_cancelled() { Err(canceled()) } else { Ok(()) }
+    }
+
+    fn into_parts(self) -> Result<Vec<StoredPart>> {
+        let digests = self.digests.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let parts: Option<Vec<_>> = digests.into_iter().collect();
+        parts.ok_or_else(|| defect("a part is missing"))
+    }
+}
+
+fn canceled() -> Error {
+    Error::new(Reason::Canceled, "encoding was stopped")
+}
+
+/// A panic elsewhere is reported by its thread; the data are consistent
+/// between statements here.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

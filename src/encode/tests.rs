@@ -1,0 +1,246 @@
+//! The encoder against its own decoder, and against QEMU.
+
+use std::{fs, process::Command, sync::mpsc::sync_channel};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    format::qcow2::image::Image,
+    model::image::EXTENT_SIZE,
+    port::{Extent, ReadAt},
+};
+
+/// What one cluster of a made-up volume holds.
+#[derive(Debug, Clone, Copy)]
+enum Fill {
+    Zero,
+    Text(u8),
+    Noise(u64),
+    /// A single byte at the end.
+    Tail,
+}
+
+fn fill() -> impl Strategy<Value = Fill> {
+    prop_oneof![
+        3 => Just(Fill::Zero),
+        3 => any::<u8>().prop_map(Fill::Text),
+        2 => any::<u64>().prop_map(Fill::Noise),
+        1 => Just(Fill::Tail),
+    ]
+}
+
+fn cluster(fill: Fill) -> Vec<u8> {
+    let mut bytes = vec![0; 65_536];
+    match fill {
+        Fill::Zero => {}
+        Fill::Text(seed) => {
+            for (i, byte) in bytes.iter_mut().enumerate() {
+                *byte = b"the quick brown fox "[(i * (1 + usize::from(seed)) / 7) % 20];
+            }
+        }
+        Fill::Noise(seed) => {
+            blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+        }
+        Fill::Tail => bytes[65_535] = 1,
+    }
+    bytes
+}
+
+/// An object in memory, as the parts make it up.
+struct Object(Vec<u8>);
+
+impl ReadAt for Object {
+    fn len(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+        let end = (offset as usize).checked_add(buf.len());
+        let bytes = end.and_then(|end| self.0.get(offset as usize..end));
+        buf.copy_from_slice(bytes.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+}
+
+fn settings(volume: &[u8], compression: Compression, threads: usize) -> Settings {
+    Settings {
+        volume_size: ByteSize(volume.len() as u64),
+        compression,
+        threads: NonZeroUsize::new(threads).unwrap(),
+    }
+}
+
+/// Encodes `volume`, extents in an order shuffled within eight places.
+fn encode(volume: &[u8], compression: Compression, threads: usize) -> (Object, Encoded) {
+    let (pieces_in, pieces) = sync_channel(4);
+    let (parts_in, mut parts) = mpsc::channel(1);
+    let settings = settings(volume, compression, threads);
+    let (meter, stop) = (Meter::default(), CancellationToken::new());
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut pieces: Vec<Piece> = volume
+                .chunks(EXTENT_SIZE as usize)
+                .zip(0..)
+                .map(|(bytes, index)| {
+                    if bytes.iter().all(|byte| *byte == 0) {
+                        Piece::Zeroes { first: index, count: 1 }
+                    } else {
+                        Piece::Data(Extent { index, bytes: Box::new(bytes.to_vec()) })
+                    }
+                })
+                .collect();
+            pieces.chunks_mut(8).for_each(<[_]>::reverse);
+            pieces.into_iter().for_each(|piece| pieces_in.send(piece).unwrap());
+        });
+        let encoding = scope.spawn(|| run(&settings, pieces, parts_in, &meter, &stop));
+        let mut object = Vec::new();
+        let mut last = 0;
+        while let Some(part) = parts.blocking_recv() {
+            let (start, bytes) = (part.offset as usize, part.bytes());
+            assert_eq!(bytes.as_ptr() as usize % sys::aligned::ALIGNMENT, 0);
+            object.resize(object.len().max(start + bytes.len()), 0);
+            object[start..start + bytes.len()].copy_from_slice(bytes);
+            last = part.number;
+        }
+        assert_eq!(last, 1, "the part with the header comes last");
+        let encoded = encoding.join().unwrap().unwrap();
+        assert_eq!(meter.read() + meter.skipped(), volume.len() as u64);
+        (Object(object), encoded)
+    })
+}
+
+fn decode(object: &Object) -> Vec<u8> {
+    let mut image = Image::open(object).unwrap();
+    let mut bytes = vec![0xaa; image.header().virtual_size as usize];
+    for (index, extent) in bytes.chunks_mut(EXTENT_SIZE as usize).enumerate() {
+        image.read_at(extent, index as u64 * EXTENT_SIZE).unwrap();
+    }
+    bytes
+}
+
+fn check(volume: &[u8], compression: Compression, threads: usize) -> Object {
+    let (object, encoded) = encode(volume, compression, threads);
+    assert_eq!(object.0.len() as u64, encoded.object_size.get());
+    let mut expected = volume.to_vec();
+    expected.resize(volume.len().next_multiple_of(512), 0);
+    assert!(decode(&object) == expected, "the bytes are not the bytes");
+
+    let mut digests = Vec::new();
+    for extent in expected.chunks(EXTENT_SIZE as usize) {
+        digests.extend(blake3::hash(extent).as_bytes());
+    }
+    assert_eq!(encoded.extent_digests, digests);
+    assert_eq!(encoded.content_digest.0, *blake3::hash(&digests).as_bytes());
+    let mut parts = Sha256::new();
+    let mut offset = 0;
+    for part in &encoded.parts {
+        let end = offset + part.size.get() as usize;
+        parts.update(Sha256::digest(&object.0[offset..end]));
+        offset = end;
+    }
+    assert_eq!(offset, object.0.len());
+    assert_eq!(encoded.object_digest.0, <[u8; 32]>::from(parts.finalize()));
+    object
+}
+
+fn volume(fills: &[Fill], cut: usize) -> Vec<u8> {
+    let mut bytes: Vec<u8> = fills.iter().flat_map(|fill| cluster(*fill)).collect();
+    bytes.truncate((bytes.len() - cut.min(bytes.len())).max(1));
+    bytes
+}
+
+fn compression() -> impl Strategy<Value = Compression> {
+    prop_oneof![Just(Compression::Zstd), Just(Compression::Deflate), Just(Compression::None)]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    #[test]
+    fn the_bytes_are_the_bytes(
+        fills in prop::collection::vec(fill(), 1..96),
+        cut in 0..70_000_usize,
+        compression in compression(),
+        threads in 1..4_usize,
+    ) {
+        check(&volume(&fills, cut), compression, threads);
+    }
+
+    #[test]
+    #[ignore = "needs qemu-img"]
+    fn qemu_reads_what_was_written(
+        fills in prop::collection::vec(fill(), 1..96),
+        cut in 0..70_000_usize,
+        compression in compression(),
+    ) {
+        judge(&volume(&fills, cut), compression);
+    }
+}
+
+#[test]
+#[ignore = "needs qemu-img"]
+fn qemu_reads_an_image_of_many_parts() {
+    // 48 MiB of noise with text between: parts, packs and raw clusters mix.
+    let mut fills: Vec<Fill> = (0..768).map(Fill::Noise).collect();
+    fills.iter_mut().step_by(5).for_each(|fill| *fill = Fill::Text(3));
+    for compression in [Compression::Zstd, Compression::Deflate, Compression::None] {
+        judge(&volume(&fills, 1), compression);
+    }
+}
+
+/// `qemu-img check` and `qemu-img compare` on what was written.
+fn judge(volume: &[u8], compression: Compression) {
+    let object = check(volume, compression, 2);
+    let dir = tempfile::tempdir().unwrap();
+    let (raw, qcow2) = (dir.path().join("volume.raw"), dir.path().join("image.qcow2"));
+    fs::write(&raw, volume).unwrap();
+    fs::write(&qcow2, &object.0).unwrap();
+    let run = |args: &[&str]| {
+        let output = Command::new("qemu-img").args(args).output().unwrap();
+        assert!(output.status.success(), "qemu-img {args:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let (raw, qcow2) = (raw.to_str().unwrap(), qcow2.to_str().unwrap());
+    let report = run(&["check", "-f", "qcow2", qcow2]);
+    assert!(report.contains("No errors were found"), "{report}");
+    run(&["compare", "-f", "raw", "-F", "qcow2", raw, qcow2]);
+}
+
+#[test]
+fn who_takes_no_parts_ends_the_encoding() {
+    let (pieces_in, pieces) = sync_channel(1);
+    let (parts_in, parts) = mpsc::channel(1);
+    drop(parts);
+    let noise = cluster(Fill::Noise(1)).repeat(16);
+    let sender = thread::spawn(move || {
+        for index in 0.. {
+            let extent = Extent { index, bytes: Box::new(noise.clone()) };
+            if pieces_in.send(Piece::Data(extent)).is_err() {
+                return index;
+            }
+        }
+        0
+    });
+    let settings = Settings {
+        volume_size: ByteSize::gib(1),
+        compression: Compression::None,
+        threads: NonZeroUsize::MIN,
+    };
+    let error =
+        run(&settings, pieces, parts_in, &Meter::default(), &CancellationToken::new()).unwrap_err();
+    assert_eq!(error.reason(), Reason::Canceled);
+    assert!(sender.join().unwrap() < 64, "the reader was not stopped");
+}
+
+#[test]
+fn missing_pieces_make_no_image() {
+    let (pieces_in, pieces) = sync_channel(1);
+    let (parts_in, _parts) = mpsc::channel(8);
+    pieces_in.send(Piece::Zeroes { first: 0, count: 3 }).unwrap();
+    drop(pieces_in);
+    let settings = settings(&[1; 4 << 20], Compression::Zstd, 2);
+    let error =
+        run(&settings, pieces, parts_in, &Meter::default(), &CancellationToken::new()).unwrap_err();
+    assert_eq!(error.reason(), Reason::Canceled);
+}

@@ -1,0 +1,3 @@
+//! Disk image formats: encoders and decoders, pure over bytes.
+
+pub mod qcow2;

@@ -1,0 +1,240 @@
+//! Reading a qcow2: for verification, for restore, and of images that others
+//! made. Everything in it is hostile until it was checked.
+
+use flate2::{Decompress, FlushDecompress, Status};
+use zstd::bulk::Decompressor as ZstdDecompressor;
+
+use super::{
+    CLUSTER_SIZE, COMPRESSED, FormatError, HEADER_READ, Header, OFFSET_MASK, SECTOR, parse_header,
+};
+use crate::{model::image::Compression, port::ReadAt};
+
+/// Bit 0 of a standard L2 entry: the cluster reads as zeroes.
+const ZERO: u64 = 1;
+
+/// Reading an image failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The image is at fault.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// What it lies on is.
+    #[error("the object cannot be read at offset {offset}")]
+    Io {
+        /// Where.
+        offset: u64,
+        /// What the device said.
+        source: std::io::Error,
+    },
+}
+
+/// An open image. Reads ascend in the common case: one L2 table is kept.
+pub struct Image<'a> {
+    object: &'a dyn ReadAt,
+    header: Header,
+    l1: Vec<u64>,
+    l2: Vec<u64>,
+    /// Which entry of L1 `l2` belongs to.
+    l2_index: Option<usize>,
+    decoder: Decoder,
+    /// Room for the compressed bytes of one cluster.
+    packed: Vec<u8>,
+}
+
+impl std::fmt::Debug for Image<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Image").field("header", &self.header).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Image<'a> {
+    /// Opens the image in `object`.
+    ///
+    /// Memory is bounded by 8 bytes for each L1 entry, which the header's
+    /// checks and the object's length bound, and three clusters.
+    ///
+    /// # Errors
+    ///
+    /// When it is none, or one that is not understood.
+    pub fn open(object: &'a dyn ReadAt) -> Result<Self, ReadError> {
+        let mut start = [0; HEADER_READ];
+        let length = HEADER_READ.min(usize::try_from(object.len()).unwrap_or(HEADER_READ));
+        read(object, &mut start[..length], 0)?;
+        let header = parse_header(&start[..length])?;
+
+        let l1_bytes = u64::from(header.l1_entries) * 8;
+        let l1_end = header.l1_offset.checked_add(l1_bytes);
+        if l1_end.is_none_or(|end| end > object.len()) {
+            return Err(FormatError::Damaged("its L1 table lies beyond its end").into());
+        }
+        let needed = header.virtual_size.div_ceil(1 << (2 * header.cluster_bits - 3));
+        let l1 = read_table(object, header.l1_offset, needed as usize)?;
+        let decoder = Decoder::new(header.compression)
+            .map_err(|source| ReadError::Io { offset: 0, source })?;
+        let packed = Vec::new();
+        Ok(Self { object, header, l1, l2: Vec::new(), l2_index: None, decoder, packed })
+    }
+
+    /// What the header says.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Fills `buf` with what the guest sees from `offset` on. `offset` is a
+    /// multiple of the cluster's size; `buf` ends at one, or at the end.
+    ///
+    /// # Errors
+    ///
+    /// A damaged image or an object that cannot be read.
+    pub fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<Content, ReadError> {
+        let cluster_size = 1 << self.header.cluster_bits;
+        let mut content = Content::Zeroes;
+        for (index, part) in buf.chunks_mut(cluster_size).enumerate() {
+            let guest = offset + (index * cluster_size) as u64;
+            if self.read_cluster(part, guest)? == Content::Data {
+                content = Content::Data;
+            }
+        }
+        Ok(content)
+    }
+
+    fn read_cluster(&mut self, buf: &mut [u8], guest: u64) -> Result<Content, ReadError> {
+        let entry = self.entry(guest)?;
+        if entry & COMPRESSED != 0 {
+            self.read_compressed(buf, guest, entry & !(COMPRESSED | super::COPIED))?;
+            return Ok(Content::Data);
+        }
+        let host = entry & OFFSET_MASK;
+        if host == 0 || entry & ZERO != 0 {
+            buf.fill(0);
+            return Ok(Content::Zeroes);
+        }
+        read(self.object, buf, host)?;
+        Ok(Content::Data)
+    }
+
+    /// The L2 entry of the cluster at guest offset `guest`.
+    fn entry(&mut self, guest: u64) -> Result<u64, ReadError> {
+        let entries = 1_usize << (self.header.cluster_bits - 3);
+        let cluster = usize::try_from(guest >> self.header.cluster_bits).unwrap_or(usize::MAX);
+        let index = cluster / entries;
+        if self.l2_index != Some(index) {
+            let l1_entry = self.l1.get(index).copied().unwrap_or(0);
+            let offset = l1_entry & OFFSET_MASK;
+            self.l2_index = None;
+            self.l2 =
+                if offset == 0 { Vec::new() } else { read_table(self.object, offset, entries)? };
+            self.l2_index = Some(index);
+        }
+        Ok(self.l2.get(cluster % entries).copied().unwrap_or(0))
+    }
+
+    fn read_compressed(&mut self, buf: &mut [u8], guest: u64, entry: u64) -> Result<(), ReadError> {
+        let offset_bits = 62 - (self.header.cluster_bits - 8);
+        let offset = entry & ((1 << offset_bits) - 1);
+        let sectors = (entry >> offset_bits) + 1;
+        // The last sector may end with the object.
+        let end = (offset - offset % SECTOR + sectors * SECTOR).min(self.object.len());
+        if offset >= end {
+            let what = "its bytes lie beyond the end of the object";
+            return Err(FormatError::BadCluster { guest, what }.into());
+        }
+        self.packed.resize((end - offset) as usize, 0);
+        read(self.object, &mut self.packed, offset)?;
+
+        let cluster_size = 1_usize << self.header.cluster_bits;
+        let decoded = if buf.len() == cluster_size {
+            self.decoder.decode(&self.packed, buf)
+        } else {
+            let mut whole = vec![0; cluster_size];
+            let decoded = self.decoder.decode(&self.packed, &mut whole);
+            buf.copy_from_slice(&whole[..buf.len()]);
+            decoded
+        };
+        decoded.map_err(|what| FormatError::BadCluster { guest, what }.into())
+    }
+}
+
+/// What was found in a stretch of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// The image holds bytes for it.
+    Data,
+    /// It holds none: zeroes.
+    Zeroes,
+}
+
+/// Decompresses clusters; keeps its tables between them.
+pub struct Decoder(Codec);
+
+enum Codec {
+    Zstd(Box<ZstdDecompressor<'static>>),
+    Deflate(Box<Decompress>),
+}
+
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Decoder")
+    }
+}
+
+impl Decoder {
+    /// A decoder for one thread.
+    ///
+    /// # Errors
+    ///
+    /// When zstd cannot get its memory.
+    pub fn new(compression: Compression) -> std::io::Result<Self> {
+        Ok(Self(match compression {
+            Compression::Zstd => Codec::Zstd(Box::new(ZstdDecompressor::new()?)),
+            Compression::Deflate | Compression::None => {
+                Codec::Deflate(Box::new(Decompress::new_with_window_bits(false, 12)))
+            }
+        }))
+    }
+
+    /// Fills `out`, a whole cluster, from `packed`, which may have anything
+    /// behind the stream. Never writes more than `out` holds, whatever the
+    /// stream says.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the stream.
+    pub fn decode(&mut self, packed: &[u8], out: &mut [u8]) -> Result<(), &'static str> {
+        match &mut self.0 {
+            Codec::Zstd(zstd) => {
+                let frame = zstd::zstd_safe::find_frame_compressed_size(packed)
+                    .map_err(|_| "its zstd frame is broken")?;
+                match zstd.decompress_to_buffer(&packed[..frame], &mut out[..]) {
+                    Ok(length) if length == out.len() => Ok(()),
+                    Ok(_) => Err("its zstd frame holds less than a cluster"),
+                    Err(_) => Err("its zstd frame is broken"),
+                }
+            }
+            Codec::Deflate(deflate) => {
+                deflate.reset(false);
+                let status = deflate
+                    .decompress(packed, out, FlushDecompress::Finish)
+                    .map_err(|_| "its deflate stream is broken")?;
+                let complete = deflate.total_out() == out.len() as u64;
+                match status {
+                    Status::StreamEnd | Status::BufError | Status::Ok if complete => Ok(()),
+                    _ => Err("its deflate stream holds less than a cluster"),
+                }
+            }
+        }
+    }
+}
+
+fn read(object: &dyn ReadAt, buf: &mut [u8], offset: u64) -> Result<(), ReadError> {
+    object.read_at(buf, offset).map_err(|source| ReadError::Io { offset, source })
+}
+
+fn read_table(object: &dyn ReadAt, offset: u64, entries: usize) -> Result<Vec<u64>, ReadError> {
+    let mut bytes = vec![0; entries * 8];
+    read(object, &mut bytes, offset)?;
+    Ok(bytes.as_chunks().0.iter().map(|entry| u64::from_be_bytes(*entry)).collect())
+}
+
+const _: () = assert!(CLUSTER_SIZE as usize > HEADER_READ);

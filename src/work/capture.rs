@@ -1,0 +1,262 @@
+//! The way of one image, of a volume at rest.
+//!
+//! ```text
+//!   preflight ─► read ─────────────────────────────────► seal
+//!                 reader thread ─► encoder threads ─► put, put, …
+//!                 (pieces, bounded)      (parts, bounded)
+//! ```
+//!
+//! Whatever fails stops all three, and the upload is aborted: an image is
+//! whole or absent.
+
+use std::{
+    sync::{Arc, mpsc::sync_channel},
+    thread,
+    time::Duration,
+};
+
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::MissedTickBehavior,
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{Work, driver::check, tracker::Tracker};
+use crate::{
+    encode::{self, Encoded, Meter},
+    error::{Error, Reason, Result},
+    model::{
+        image::{Format, Image, Manifest, ManifestSchema, Stored},
+        instance::Instance,
+        work_request::{Phase, Progress},
+    },
+    port::{HeldVolume, Part, Sealed, Upload},
+};
+
+/// Pieces between the reader and the encoder. The reader's buffers are the
+/// real bound; this only lets it run ahead of a busy thread.
+const PIECES: usize = 4;
+/// Parts that are stored at once: one on its way while the next is handed
+/// over.
+const PUTS: usize = 2;
+/// How often progress is shown.
+const TICK: Duration = Duration::from_millis(250);
+
+/// An accepted order.
+#[derive(Debug)]
+pub(super) struct Capture {
+    /// The image to be.
+    pub image: Image,
+    /// Whose boot volume it is.
+    pub instance: Option<Instance>,
+}
+
+impl Capture {
+    /// Makes the image. Afterwards it is whole in its store, or nothing of it
+    /// is left there.
+    pub(super) async fn run(
+        self: Box<Self>,
+        work: &Work,
+        tracker: &mut Tracker,
+        stop: &CancellationToken,
+    ) -> Result<()> {
+        tracker.phase(Phase::Preflight).await?;
+        let volume =
+            work.preflight(self.instance.as_ref(), &self.image.origin.source_volume).await?;
+        self.tell_oddities(work, &*volume, tracker);
+        check(stop)?;
+
+        let store = work.0.catalogue.store(&self.image.origin.store)?;
+        let upload = store.begin(&self.image.id).await?;
+        let outcome = self.transfer(work, volume, &*upload, tracker, stop).await;
+        if let Err(error) = outcome {
+            if let Err(left) = upload.abort().await {
+                tracker.log(format!("the next start will remove what is left: {left}"));
+                tracing::error!(image = %self.image.id, "{left:?}");
+            }
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    fn tell_oddities(&self, work: &Work, volume: &dyn HeldVolume, tracker: &Tracker) {
+        let facts = volume.facts();
+        let limit = work.0.settings.warn_volume;
+        if facts.size > limit {
+            tracker.log(format!(
+                "the volume is {} and OCI imports no image of more than {limit}",
+                facts.size
+            ));
+        }
+        if let [range] = facts.data.as_slice()
+            && (range.start, range.end) == (0, facts.size.get())
+        {
+            tracker.log("the whole volume is read: it tells no map of what is in use".into());
+        }
+    }
+
+    async fn transfer(
+        &self,
+        work: &Work,
+        volume: Box<dyn HeldVolume>,
+        upload: &dyn Upload,
+        tracker: &mut Tracker,
+        stop: &CancellationToken,
+    ) -> Result<()> {
+        tracker.phase(Phase::Read).await?;
+        let settings = encode::Settings {
+            volume_size: volume.facts().size,
+            compression: self.image.origin.compression,
+            threads: work.0.settings.encode_threads,
+        };
+        let encoded = pump(volume, settings, upload, tracker, stop).await?;
+        check(stop)?;
+
+        // From here on a cancellation comes too late: the image may be seen.
+        tracker.phase(Phase::Seal).await?;
+        let sealed = Sealed {
+            manifest: Manifest {
+                schema: ManifestSchema::V1,
+                id: self.image.id.clone(),
+                origin: self.image.origin.clone(),
+                stored: Stored {
+                    format: Format::Qcow2,
+                    virtual_size: encoded.virtual_size,
+                    object_size: encoded.object_size,
+                    content_digest: encoded.content_digest,
+                    object_digest: encoded.object_digest,
+                    parts: encoded.parts,
+                    time_line: tracker.time_line(),
+                    imaged_version: env!("CARGO_PKG_VERSION").to_owned(),
+                },
+            },
+            record: self.image.record.clone(),
+            extent_digests: encoded.extent_digests,
+        };
+        upload.seal(&sealed).await
+    }
+}
+
+/// Reads, encodes and stores until everything is stored or something fails.
+/// All threads have ended when it returns.
+async fn pump(
+    volume: Box<dyn HeldVolume>,
+    settings: encode::Settings,
+    upload: &dyn Upload,
+    tracker: &mut Tracker,
+    stop: &CancellationToken,
+) -> Result<Encoded> {
+    let total = settings.volume_size.get();
+    let stop = stop.child_token();
+    let meter = Arc::new(Meter::default());
+    let (reading, encoding, parts) = start(volume, settings, Arc::clone(&meter), &stop)?;
+
+    let mut stored = 0;
+    let mut show = |stored| {
+        let progress =
+            Progress { total, read: meter.read(), skipped: meter.skipped(), stored, per_second: 0 };
+        tracker.progress(progress);
+    };
+    let putting = put_all(parts, upload, |bytes| {
+        stored += bytes;
+        show(stored);
+    });
+    let put = putting.await;
+    if put.is_err() {
+        stop.cancel();
+    }
+    let (read, encoded) = (joined(reading).await, joined(encoding).await);
+    show(stored);
+    // Who failed first knows why; the others only know that they were stopped.
+    put?;
+    match (read, encoded) {
+        (Err(read), Err(encoded)) if read.reason() == Reason::Canceled => Err(encoded),
+        (Err(read), _) => Err(read),
+        (Ok(()), encoded) => encoded,
+    }
+}
+
+type Running<T> = oneshot::Receiver<Result<T>>;
+
+/// Starts the reader and the encoder on threads of their own.
+fn start(
+    mut volume: Box<dyn HeldVolume>,
+    settings: encode::Settings,
+    meter: Arc<Meter>,
+    stop: &CancellationToken,
+) -> Result<(Running<()>, Running<Encoded>, mpsc::Receiver<Part>)> {
+    let (pieces_in, pieces) = sync_channel(PIECES);
+    let (parts_in, parts) = mpsc::channel(1);
+    let token = stop.clone();
+    let reading = spawn("read", move || {
+        let outcome = volume.read(&pieces_in, &token);
+        // What was read of a failing volume makes no image.
+        if outcome.is_err() {
+            token.cancel();
+        }
+        outcome
+    })?;
+    let token = stop.clone();
+    let encoding = spawn("encode-0", move || {
+        let outcome = encode::run(&settings, pieces, parts_in, &meter, &token);
+        if outcome.is_err() {
+            token.cancel();
+        }
+        outcome
+    });
+    if encoding.is_err() {
+        stop.cancel();
+    }
+    Ok((reading, encoding?, parts))
+}
+
+fn spawn<T: Send + 'static>(
+    name: &str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<Running<T>> {
+    let (done, running) = oneshot::channel();
+    let body = move || {
+        // Nobody waits any more: the daemon is going down.
+        let _ = done.send(work());
+    };
+    match thread::Builder::new().name(name.to_owned()).spawn(body) {
+        Ok(_detached) => Ok(running),
+        Err(cause) => {
+            Err(Error::new(Reason::Internal, format!("thread {name:?} cannot be started"))
+                .because(cause))
+        }
+    }
+}
+
+async fn joined<T>(running: Running<T>) -> Result<T> {
+    running.await.unwrap_or_else(|_| Err(Error::new(Reason::Internal, "a thread panicked")))
+}
+
+/// Stores every part that comes, `PUTS` at once; `tick` is told what was
+/// stored, and is called now and then when nothing was. On an error no more
+/// parts are taken, which stops the encoder.
+async fn put_all(
+    mut parts: mpsc::Receiver<Part>,
+    upload: &dyn Upload,
+    mut tick: impl FnMut(u64),
+) -> Result<()> {
+    let mut puts = FuturesUnordered::new();
+    let mut more = true;
+    let mut ticks = tokio::time::interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while more || !puts.is_empty() {
+        tokio::select! {
+            part = parts.recv(), if more && puts.len() < PUTS => match part {
+                Some(part) => {
+                    let bytes = part.bytes().len() as u64;
+                    puts.push(async move { upload.put(part).await.map(|()| bytes) });
+                }
+                None => more = false,
+            },
+            Some(put) = puts.next() => tick(put?),
+            _ = ticks.tick() => tick(0),
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! Publishes what a work request does, and keeps it in the journal.
+
+use std::{
+    collections::VecDeque,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tokio::sync::watch;
+
+use crate::{
+    error::{ErrorKind, Reason, Result},
+    model::{
+        Timestamp,
+        image::PhaseTime,
+        work_request::{ErrorEntry, LogEntry, Phase, Progress, Status, WorkRequest},
+    },
+    port::{Clock, Journal},
+};
+
+/// Time over which the rate is measured: steady to look at, and soon true
+/// again after a pause.
+const RATE_WINDOW: Duration = Duration::from_secs(5);
+
+/// The one writer of a work request's state while its task runs; cancelling
+/// alone changes it from outside.
+#[derive(Debug)]
+pub(super) struct Tracker {
+    state: watch::Sender<WorkRequest>,
+    journal: Arc<dyn Journal>,
+    clock: Arc<dyn Clock>,
+    /// When each phase began.
+    time_line: Vec<PhaseTime>,
+    /// Bytes that were done at some moments of the last seconds.
+    samples: VecDeque<(Instant, u64)>,
+}
+
+impl Tracker {
+    pub(super) fn new(
+        state: watch::Sender<WorkRequest>,
+        journal: Arc<dyn Journal>,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        Self { state, journal, clock, time_line: Vec::new(), samples: VecDeque::new() }
+    }
+
+    /// Work begins.
+    pub(super) async fn start(&mut self) -> Result<()> {
+        let now = self.clock.now();
+        self.state.send_modify(|request| {
+            request.time_started = Some(now);
+            if request.status == Status::Accepted {
+                request.status = Status::InProgress;
+            }
+        });
+        self.keep().await
+    }
+
+    /// A phase begins.
+    pub(super) async fn phase(&mut self, phase: Phase) -> Result<()> {
+        let time_started = self.clock.now();
+        self.time_line.push(PhaseTime { phase: phase.to_string(), time_started });
+        self.state.send_modify(|request| request.phase = phase);
+        self.samples.clear();
+        self.keep().await
+    }
+
+    /// When each phase began, so far.
+    pub(super) fn time_line(&self) -> Vec<PhaseTime> {
+        self.time_line.clone()
+    }
+
+    /// Shows how far the work is. The rate is computed here.
+    pub(super) fn progress(&mut self, mut progress: Progress) {
+        let (now, done) = (Instant::now(), progress.read + progress.skipped);
+        self.samples.push_back((now, done));
+        while self.samples.len() > 2
+            && self.samples.front().is_some_and(|(then, _)| now - *then > RATE_WINDOW)
+        {
+            self.samples.pop_front();
+        }
+        if let Some((then, before)) = self.samples.front() {
+            let millis = u64::try_from((now - *then).as_millis()).unwrap_or(u64::MAX);
+            let bytes = done.saturating_sub(*before);
+            progress.per_second = bytes.saturating_mul(1000).checked_div(millis).unwrap_or(0);
+        }
+        self.state.send_if_modified(|request| {
+            let changes = request.progress != progress;
+            request.progress = progress;
+            changes
+        });
+    }
+
+    /// Says something worth telling.
+    pub(super) fn log(&self, message: String) {
+        tracing::info!(work_request = %self.state.borrow().id, "{message}");
+        let time = self.clock.now();
+        self.state.send_modify(|request| request.logs.push(LogEntry { message, time }));
+    }
+
+    /// The end. A cancelled request is CANCELED; one that was stopped for
+    /// another reason FAILED.
+    pub(super) async fn finish(self, outcome: Result<()>) {
+        let now = self.clock.now();
+        let (status, error) = match outcome {
+            Ok(()) => (Status::Succeeded, None),
+            Err(error) => {
+                let status = match error.reason() {
+                    Reason::Canceled => Status::Canceled,
+                    _ => Status::Failed,
+                };
+                let entry = entry(&error, now);
+                if error.kind() == ErrorKind::Internal {
+                    tracing::error!(work_request = %self.state.borrow().id, "{error:?}");
+                }
+                (status, Some(entry))
+            }
+        };
+        let mut ended = self.state.borrow().clone();
+        ended.finish(status, error, now);
+        tracing::info!(work_request = %ended.id, status = ?status, "work request ended");
+        // Durable before anyone is told.
+        if let Err(error) = self.journal.put(&ended).await {
+            tracing::error!(work_request = %ended.id, "{error:?}");
+        }
+        self.state.send_replace(ended);
+    }
+
+    async fn keep(&self) -> Result<()> {
+        let request = self.state.borrow().clone();
+        self.journal.put(&request).await
+    }
+}
+
+/// An error as a work request shows it.
+pub(super) fn entry(error: &crate::error::Error, time: Timestamp) -> ErrorEntry {
+    ErrorEntry { code: error.reason().code().to_owned(), message: error.report(), time }
+}

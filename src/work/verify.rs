@@ -1,0 +1,86 @@
+//! Whether an image in a store is still what was stored.
+
+use std::{sync::Arc, thread, time::Duration};
+
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use super::{Work, tracker::Tracker};
+use crate::{
+    catalogue::Found,
+    encode::{
+        Meter,
+        verify::{Fault, recompute},
+    },
+    error::{Error, Reason, Result},
+    model::{
+        image::ImageState,
+        work_request::{Phase, Progress},
+    },
+};
+
+/// How often progress is shown.
+const TICK: Duration = Duration::from_millis(250);
+
+/// Recomputes both digests from the store alone.
+pub(super) async fn run(
+    work: &Work,
+    found: &Found,
+    tracker: &mut Tracker,
+    stop: &CancellationToken,
+) -> Result<()> {
+    tracker.phase(Phase::Verify).await?;
+    let image = &found.image;
+    let ImageState::Available(stored) = &image.state else {
+        return Err(Error::new(Reason::ImageNotFound, format!("image {} is not whole", image.id)));
+    };
+    let object = found.store.open(&image.id).await?;
+    let digests = found.store.extent_digests(&image.id).await?;
+
+    let total = stored.virtual_size.get();
+    let threads = work.0.settings.encode_threads;
+    let meter = Arc::new(Meter::default());
+    let (done, mut running) = oneshot::channel();
+    let (stored, token, seen) = (stored.clone(), stop.clone(), Arc::clone(&meter));
+    let body = move || {
+        let outcome = recompute(&*object, &stored, &digests, threads, &seen, &token);
+        // Nobody waits any more: the daemon is going down.
+        let _ = done.send(outcome);
+    };
+    thread::Builder::new().name("verify-0".into()).spawn(body).map_err(|cause| {
+        Error::new(Reason::Internal, "the verifying thread cannot be started").because(cause)
+    })?;
+
+    let mut ticks = tokio::time::interval(TICK);
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut running => break outcome,
+            _ = ticks.tick() => {
+                let (read, skipped) = (meter.read(), meter.skipped());
+                tracker.progress(Progress { total, read, skipped, ..Progress::default() });
+            }
+        }
+    };
+    let outcome = outcome
+        .unwrap_or_else(|_| Err(Error::new(Reason::Internal, "the verifying thread panicked")))?;
+    let (read, skipped) = (meter.read(), meter.skipped());
+    tracker.progress(Progress { total, read, skipped, ..Progress::default() });
+    match outcome {
+        None => {
+            tracker.log("content and object are what was stored".into());
+            Ok(())
+        }
+        Some(fault) => Err(corrupt(found, fault)),
+    }
+}
+
+fn corrupt(found: &Found, fault: Fault) -> Error {
+    let context = format!(
+        "image {} in store {:?} is not what was stored",
+        found.image.id,
+        found.store.name()
+    );
+    Error::new(Reason::ImageCorrupt, context)
+        .because(fault)
+        .advice("do not launch from it: make the image again, and look after the store's disks")
+}

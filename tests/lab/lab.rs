@@ -1,0 +1,325 @@
+//! Real parts for tests and benchmarks: a daemon of one's own, loop devices,
+//! mounted filesystems. Everything is taken down when it is dropped.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::{
+    fs,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+/// Runs a program to its end and returns what it printed.
+///
+/// # Panics
+///
+/// When it fails, with its stderr.
+pub fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap_or_else(|error| panic!("{program}: {error}"));
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+}
+
+/// Waits until `done` gives something.
+///
+/// # Panics
+///
+/// When it does not within `limit`.
+pub fn wait_for<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Option<T>) -> T {
+    let start = Instant::now();
+    loop {
+        if let Some(value) = done() {
+            return value;
+        }
+        assert!(start.elapsed() < limit, "waited {limit:?} for {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// An imaged with its own socket, state and store.
+pub struct Daemon {
+    child: Child,
+    dir: PathBuf,
+    kept: Option<tempfile::TempDir>,
+}
+
+/// What differs from the defaults.
+#[derive(Default)]
+pub struct Config {
+    /// Lines for the top of the configuration.
+    pub lines: String,
+    /// Where images go; none: in the daemon's own directory.
+    pub store: Option<PathBuf>,
+    /// Instance files, by name without `.toml`.
+    pub instances: Vec<(String, String)>,
+}
+
+impl Daemon {
+    /// Starts one in a directory of its own and waits until it answers.
+    pub fn start(config: &Config) -> Self {
+        let kept = tempfile::tempdir().unwrap();
+        let mut daemon = Self::start_in(kept.path(), config);
+        daemon.kept = Some(kept);
+        daemon
+    }
+
+    /// Starts one in `dir`, which may have been a daemon's before.
+    pub fn start_in(dir: &Path, config: &Config) -> Self {
+        let child = spawn(dir, config, Stdio::inherit());
+        let mut daemon = Self { child, dir: dir.to_owned(), kept: None };
+        wait_for("imaged to answer", Duration::from_secs(20), || {
+            if let Some(status) = daemon.child.try_wait().unwrap() {
+                panic!("imaged ended: {status}");
+            }
+            daemon.imagectl(&["host", "get"]).status.success().then_some(())
+        });
+        daemon
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Where its images are, unless the configuration says otherwise.
+    pub fn images(&self) -> PathBuf {
+        self.dir.join("state/images/images")
+    }
+
+    /// Runs imagectl against it.
+    pub fn imagectl(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// imagectl against it, to be run by the caller.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_imagectl"));
+        command.args(args).env("IMAGED_SOCKET", self.dir.join("imaged.sock")).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs imagectl with `--output json` and returns its answer.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    pub fn json(&self, args: &[&str]) -> Value {
+        let args = [args, &["--output", "json"]].concat();
+        let output = self.imagectl(&args);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "imagectl {args:?}: {stderr}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Makes an image of `volume` and waits for it.
+    pub fn create(&self, volume: &Path, more: &[&str]) -> Value {
+        let volume = volume.to_str().unwrap();
+        let args = ["image", "create", "--boot-volume", volume, "--wait-for-state", "AVAILABLE"];
+        self.json(&[&args, more].concat())["data"].clone()
+    }
+
+    /// What imagectl says when it fails.
+    ///
+    /// # Panics
+    ///
+    /// When it does not.
+    pub fn refusal(&self, args: &[&str]) -> String {
+        let output = self.imagectl(args);
+        assert!(!output.status.success(), "imagectl {args:?} succeeded");
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: &str) {
+        run("kill", &["-s", signal, &self.pid().to_string()]);
+    }
+
+    /// Stops it in order and waits.
+    pub fn stop(mut self) -> Option<tempfile::TempDir> {
+        self.signal("TERM");
+        wait_for("imaged to stop", Duration::from_secs(30), || self.child.try_wait().unwrap());
+        self.kept.take()
+    }
+
+    /// Kills it in the middle of whatever it does.
+    pub fn kill(mut self) -> Option<tempfile::TempDir> {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        self.kept.take()
+    }
+
+    /// Largest resident set so far, in bytes.
+    pub fn peak_memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() * 1024
+    }
+
+    /// Processor time so far, user and system, in seconds.
+    pub fn cpu_seconds(&self) -> f64 {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+        let ticks = |index: usize| fields[index].parse::<f64>().unwrap();
+        // USER_HZ is 100 on every Linux that imaged runs on.
+        (ticks(11) + ticks(12)) / 100.0
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Starts an imaged that is expected to fail, and returns what it says.
+pub fn failing_start(dir: &Path, config: &Config) -> String {
+    let child = spawn(dir, config, Stdio::piped());
+    let output = child.wait_with_output().unwrap();
+    assert!(!output.status.success(), "imaged started");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn spawn(dir: &Path, config: &Config, stderr: Stdio) -> Child {
+    let instances = dir.join("instances.d");
+    fs::create_dir_all(&instances).unwrap();
+    for (name, text) in &config.instances {
+        fs::write(instances.join(format!("{name}.toml")), text).unwrap();
+    }
+    let at = |name: &str| dir.join(name).display().to_string();
+    let store = match &config.store {
+        None => String::new(),
+        Some(path) => format!(
+            "default_store = \"test\"\n[stores.test]\nkind = \"directory\"\npath = {:?}\nmin_free = \"1MiB\"\n",
+            path.display().to_string()
+        ),
+    };
+    let text = format!(
+        "socket = {:?}\nsocket_group = \"root\"\nstate_dir = {:?}\ninstances_dir = {:?}\n{}\n{store}",
+        at("imaged.sock"),
+        at("state"),
+        at("instances.d"),
+        config.lines,
+    );
+    let path = dir.join("imaged.toml");
+    fs::write(&path, text).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_imaged"));
+    command.arg("--config").arg(&path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+    // No test's daemon outlives its test.
+    // SAFETY: prctl is async-signal-safe.
+    #[allow(unsafe_code)]
+    unsafe {
+        command.pre_exec(|| {
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
+            Ok(())
+        });
+    }
+    command.spawn().unwrap()
+}
+
+/// A loop device with direct I/O.
+pub struct Loop {
+    /// `/dev/loopN`.
+    pub device: PathBuf,
+}
+
+impl Loop {
+    /// Attaches `file`.
+    pub fn attach(file: &Path, sector_size: u32) -> Self {
+        let sectors = format!("--sector-size={sector_size}");
+        let file = file.to_str().unwrap();
+        let device = run("losetup", &["--find", "--show", "--direct-io=on", &sectors, file]);
+        Self { device: device.into() }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.device).status();
+    }
+}
+
+/// A filesystem of its own.
+pub struct Mount {
+    /// Where it is mounted.
+    pub at: tempfile::TempDir,
+    device: Loop,
+    _image: tempfile::TempDir,
+}
+
+impl Mount {
+    /// Makes and mounts a filesystem: `ext4`, `xfs`.
+    pub fn new(kind: &str, bytes: u64) -> Self {
+        let image = tempfile::tempdir_in(scratch()).unwrap();
+        let file = image.path().join("fs.img");
+        fs::File::create(&file).unwrap().set_len(bytes).unwrap();
+        run(&format!("mkfs.{kind}"), &["-q", file.to_str().unwrap()]);
+        let device = Loop::attach(&file, 512);
+        let at = tempfile::tempdir().unwrap();
+        run("mount", &[device.device.to_str().unwrap(), at.path().to_str().unwrap()]);
+        Self { at, device, _image: image }
+    }
+
+    /// Mounts it again with `options`, e.g. `ro`.
+    pub fn remount(&self, options: &str) {
+        let options = format!("remount,{options}");
+        run("mount", &["-o", &options, self.at.path().to_str().unwrap()]);
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(self.at.path()).status();
+        let _ = &self.device;
+    }
+}
+
+/// Room for large files: beside the build's products, not in memory.
+pub fn scratch() -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).to_owned();
+    fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+/// A file of `size` bytes: `pattern` at each of `offsets`, holes between.
+pub fn sparse_file(path: &Path, size: u64, data: &[(u64, Vec<u8>)]) {
+    use std::os::unix::fs::FileExt;
+    let file = fs::File::create(path).unwrap();
+    file.set_len(size).unwrap();
+    for (offset, bytes) in data {
+        file.write_all_at(bytes, *offset).unwrap();
+    }
+    file.sync_all().unwrap();
+}
+
+/// Bytes that do not compress; the same for the same seed.
+pub fn noise(len: usize, seed: u64) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+    bytes
+}
+
+/// Text that compresses.
+pub fn text(len: usize) -> Vec<u8> {
+    let line = b"Nov 21 08:45:16 web-1 systemd[1]: Started imaged.service - custom images.\n";
+    line.iter().copied().cycle().take(len).collect()
+}
