@@ -201,10 +201,10 @@ fn prepare(config: &Config) -> Result<(Claim, Journal, Found)> {
     let journal = Journal::open(&config.state_dir.join("journal.redb"))?;
     let host = uname()?;
     let (instances, mut features) = load_instances(config, &host.name);
-    features.extend(claim.problem().map(|details| Feature {
+    features.extend(claim.problem().map(|problem| Feature {
         name: "socket_group".into(),
         available: false,
-        details,
+        details: in_one_line(problem),
     }));
     Ok((claim, journal, (host, instances, features)))
 }
@@ -228,6 +228,18 @@ fn load_instances(config: &Config, host: &str) -> (Vec<Instance>, Vec<Feature>) 
         refused.into_iter().map(|(name, error)| missing(format!("instance {name}"), error));
     features.extend(refused);
     (usable, features)
+}
+
+/// An error as a cell of a table.
+fn in_one_line(error: &Error) -> String {
+    let mut line = error.to_string();
+    for cause in error.causes() {
+        line = format!("{line}: {cause}");
+    }
+    match error.advice_text() {
+        Some(advice) => format!("{line}; {advice}"),
+        None => line,
+    }
 }
 
 fn count(number: usize, dir: &Path) -> String {

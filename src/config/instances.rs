@@ -220,6 +220,8 @@ mod tests {
     fn errors_name_file_line_and_key() {
         let reports = [
             "boot_volume = \"/a\"",
+            "# mine\n\nboot_volume = \"/a\"\n\n# end\n",
+            "# empty\n",
             "boot_volume = \"/a\"\nqmp_socket = \"b\"",
             "boot_volume = \"/a\"\nqmp_socket = \"/b\"\nid = \"a/b\"",
             "boot_volume = \"/a\"\nqmp_socket = \"/b\"\n\npassword = \"secret\"",
@@ -227,7 +229,9 @@ mod tests {
         ]
         .map(refused);
         insta::assert_snapshot!(reports.join("\n"), @r#"
-        /etc/imaged/instances.d/web-3.toml:1: boot_volume: missing key `qmp_socket`
+        /etc/imaged/instances.d/web-3.toml:1: missing key `qmp_socket`
+        /etc/imaged/instances.d/web-3.toml:1: missing key `qmp_socket`
+        /etc/imaged/instances.d/web-3.toml:1: missing key `boot_volume`
         /etc/imaged/instances.d/web-3.toml:2: qmp_socket: "b" is not an absolute path
         /etc/imaged/instances.d/web-3.toml:3: id: '/' is not among the letters, digits, '.', '-' and '_' that an identifier is made of
         /etc/imaged/instances.d/web-3.toml:4: password: unknown key, expected one of `id`, `compartment`, `boot_volume`, `qmp_socket`, `agent_socket`, `base_image_id`, `shape`, `systemd_unit`, `operating_system`, `operating_system_version`

@@ -17,14 +17,16 @@ impl Source<'_> {
     /// What the file says.
     pub fn deserialize<T: DeserializeOwned>(&self) -> Result<T> {
         toml::from_str(self.text).map_err(|cause| {
-            let span = cause.span().unwrap_or(0..0);
-            // A key that is missing outside of all tables has no place.
-            let placed = span.len() < self.text.len();
-            let table = DeTable::parse(self.text).ok().filter(|_| placed);
-            let key = table
-                .and_then(|table| key_at(table.get_ref(), span.start))
-                .map(|path| path.join("."));
-            self.error(span.start, key.as_deref(), &in_our_words(cause.message()))
+            let at = cause.span().map_or(0, |span| span.start);
+            let missing = cause.message().starts_with("missing field");
+            let key = DeTable::parse(self.text)
+                .ok()
+                .and_then(|table| key_at(table.get_ref(), at))
+                // What is missing is missing in a table, not in the key that
+                // happens to stand first.
+                .filter(|(_, value)| !missing || *value == Kind::Table)
+                .map(|(path, _)| path.join("."));
+            self.error(at, key.as_deref(), &in_our_words(cause.message()))
         })
     }
 
@@ -74,18 +76,28 @@ fn in_our_words(message: &str) -> String {
     }
 }
 
-/// The path of the innermost key whose name or value covers offset `at`.
-fn key_at(table: &DeTable<'_>, at: usize) -> Option<Vec<String>> {
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Table,
+    Other,
+}
+
+/// The innermost key whose name or value covers offset `at`: its path, and
+/// what its value is.
+fn key_at(table: &DeTable<'_>, at: usize) -> Option<(Vec<String>, Kind)> {
     table.iter().find_map(|(key, value)| {
-        let below = match value.get_ref() {
-            DeValue::Table(below) => key_at(below, at),
-            _ => None,
+        let (below, kind) = match value.get_ref() {
+            DeValue::Table(below) => (key_at(below, at), Kind::Table),
+            _ => (None, Kind::Other),
         };
-        if below.is_none() && !key.span().contains(&at) && !value.span().contains(&at) {
-            return None;
-        }
         let mut path = vec![key.get_ref().clone().into_owned()];
-        path.extend(below.unwrap_or_default());
-        Some(path)
+        match below {
+            Some((below, kind)) => {
+                path.extend(below);
+                Some((path, kind))
+            }
+            None if key.span().contains(&at) || value.span().contains(&at) => Some((path, kind)),
+            None => None,
+        }
     })
 }

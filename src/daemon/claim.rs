@@ -53,7 +53,7 @@ pub(super) struct Claim {
 struct SocketGroup {
     gid: u32,
     /// Why it is not the group that was meant.
-    problem: Option<String>,
+    problem: Option<Error>,
 }
 
 impl Claim {
@@ -94,8 +94,8 @@ impl Claim {
     }
 
     /// Why others than meant may call.
-    pub fn problem(&self) -> Option<String> {
-        self.group.problem.clone()
+    pub fn problem(&self) -> Option<&Error> {
+        self.group.problem.as_ref()
     }
 }
 
@@ -230,8 +230,7 @@ fn give_to_group(socket: &Path, named: Option<&str>) -> Result<SocketGroup> {
                 "only root may call; make the group with \"groupadd --system {name}\", add those \
                  who may call, and restart imaged"
             ));
-            let problem = Some(error.report());
-            Ok(SocketGroup { gid: getegid().as_raw(), problem })
+            Ok(SocketGroup { gid: getegid().as_raw(), problem: Some(error) })
         }
     }
 }

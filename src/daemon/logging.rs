@@ -2,7 +2,10 @@
 //!
 //! `RUST_LOG` filters; the default is `info`.
 
-use std::{io, os::fd::AsFd};
+use std::{
+    io::{self, IsTerminal},
+    os::fd::AsFd,
+};
 
 use nix::sys::stat::fstat;
 use tracing_subscriber::{EnvFilter, layer::SubscriberExt, util::SubscriberInitExt};
@@ -15,7 +18,10 @@ pub fn init() {
     let _ = match tracing_journald::layer() {
         Ok(journal) if stderr_is_the_journal() => registry.with(journal).try_init(),
         _ => {
-            let lines = tracing_subscriber::fmt::layer().with_target(false).with_writer(io::stderr);
+            let lines = tracing_subscriber::fmt::layer()
+                .with_target(false)
+                .with_ansi(io::stderr().is_terminal())
+                .with_writer(io::stderr);
             registry.with(lines).try_init()
         }
     };

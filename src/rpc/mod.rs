@@ -127,3 +127,29 @@ async fn to_the_end<T: Send + 'static>(
     });
     ended.map_err(status::from)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_hangs_up_cancels_nothing() {
+        let (go, wait) = tokio::sync::oneshot::channel::<()>();
+        let (ended, end) = tokio::sync::oneshot::channel::<()>();
+        let call = to_the_end(async move {
+            let _ = wait.await;
+            let _ = ended.send(());
+            Ok(())
+        });
+        // What a handler's future sees when the stream is reset.
+        tokio::time::timeout(Duration::from_millis(20), call).await.unwrap_err();
+        go.send(()).unwrap();
+        end.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_call_that_panics_is_an_internal_error() {
+        let status = to_the_end::<()>(async { panic!("a defect") }).await.unwrap_err();
+        assert_eq!(status.code(), tonic::Code::Internal);
+    }
+}
