@@ -14,6 +14,7 @@ compile_error!("imaged runs on 64-bit Linux: sizes are converted between u64 and
 
 pub mod catalogue;
 pub mod config;
+pub mod ctl;
 pub mod daemon;
 pub mod encode;
 pub mod error;

@@ -4,7 +4,6 @@
 
 use std::{
     fs,
-    os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread,
@@ -222,18 +221,15 @@ fn spawn(dir: &Path, config: &Config, stderr: Stdio) -> Child {
     );
     let path = dir.join("imaged.toml");
     fs::write(&path, text).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_imaged"));
-    command.arg("--config").arg(&path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
     // No test's daemon outlives its test.
-    // SAFETY: prctl is async-signal-safe.
-    #[allow(unsafe_code)]
-    unsafe {
-        command.pre_exec(|| {
-            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?;
-            Ok(())
-        });
-    }
-    command.spawn().unwrap()
+    Command::new("setpriv")
+        .args(["--pdeathsig", "KILL", env!("CARGO_BIN_EXE_imaged"), "--config"])
+        .arg(&path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(stderr)
+        .spawn()
+        .unwrap()
 }
 
 /// A loop device with direct I/O.

@@ -22,6 +22,9 @@ const MAX_CLUSTER_BITS: u32 = 21;
 /// (32 TiB), so that hostile headers cannot ask for large tables.
 const MAX_VIRTUAL_SIZE: u64 = 64 << 40;
 
+/// Largest L1 table: QEMU's limit (`QCOW_MAX_L1_SIZE`), 32 MiB.
+const MAX_L1_ENTRIES: u64 = (32 << 20) / 8;
+
 /// The bytes are no image that imaged reads.
 #[derive(Debug, thiserror::Error, Clone, PartialEq, Eq)]
 pub enum FormatError {
@@ -70,6 +73,12 @@ pub struct Header {
 }
 
 impl Header {
+    /// Entries of L1 that the virtual size needs.
+    #[must_use]
+    pub fn l1_needed(&self) -> u64 {
+        self.virtual_size.div_ceil(1 << (2 * self.cluster_bits - 3))
+    }
+
     /// The header as bytes, [`HEADER_READ`] long; what follows in its cluster
     /// is zero, which ends the header extensions.
     #[must_use]
@@ -134,8 +143,11 @@ pub fn parse_header(bytes: &[u8]) -> Result<Header, FormatError> {
     if header.virtual_size > MAX_VIRTUAL_SIZE {
         return Err(FormatError::Unsupported("more than 64 TiB"));
     }
-    let guest_per_l1_entry = 1_u64 << (2 * header.cluster_bits - 3);
-    if u64::from(header.l1_entries) < header.virtual_size.div_ceil(guest_per_l1_entry) {
+    let needed = header.l1_needed();
+    if needed > MAX_L1_ENTRIES {
+        return Err(FormatError::Unsupported("an L1 table of more than 32 MiB"));
+    }
+    if u64::from(header.l1_entries) < needed {
         return Err(FormatError::Damaged("its L1 table is too short for its size"));
     }
     Ok(header)

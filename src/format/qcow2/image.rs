@@ -50,8 +50,8 @@ impl std::fmt::Debug for Image<'_> {
 impl<'a> Image<'a> {
     /// Opens the image in `object`.
     ///
-    /// Memory is bounded by 8 bytes for each L1 entry, which the header's
-    /// checks and the object's length bound, and three clusters.
+    /// Memory is bounded by 32 MiB for L1, as the header's checks demand, and
+    /// three clusters.
     ///
     /// # Errors
     ///
@@ -67,8 +67,7 @@ impl<'a> Image<'a> {
         if l1_end.is_none_or(|end| end > object.len()) {
             return Err(FormatError::Damaged("its L1 table lies beyond its end").into());
         }
-        let needed = header.virtual_size.div_ceil(1 << (2 * header.cluster_bits - 3));
-        let l1 = read_table(object, header.l1_offset, needed as usize)?;
+        let l1 = read_table(object, header.l1_offset, header.l1_needed() as usize)?;
         let decoder = Decoder::new(header.compression)
             .map_err(|source| ReadError::Io { offset: 0, source })?;
         let packed = Vec::new();
@@ -238,3 +237,87 @@ fn read_table(object: &dyn ReadAt, offset: u64, entries: usize) -> Result<Vec<u6
 }
 
 const _: () = assert!(CLUSTER_SIZE as usize > HEADER_READ);
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::format::qcow2::layout::{Emit, Layout, Placed};
+
+    impl ReadAt for Vec<u8> {
+        fn len(&self) -> u64 {
+            self.len() as u64
+        }
+
+        fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
+            let start = usize::try_from(offset).unwrap_or(usize::MAX);
+            let bytes = start.checked_add(buf.len()).and_then(|end| self.get(start..end));
+            buf.copy_from_slice(bytes.ok_or(std::io::ErrorKind::UnexpectedEof)?);
+            Ok(())
+        }
+    }
+
+    impl Emit for Vec<u8> {
+        fn emit(&mut self, offset: u64, bytes: &[u8]) {
+            let end = offset as usize + bytes.len();
+            self.resize(self.len().max(end), 0);
+            self[offset as usize..end].copy_from_slice(bytes);
+        }
+    }
+
+    /// Four clusters: zeroes, text compressed, bytes as they are, zeroes.
+    fn image(compression: Compression) -> Vec<u8> {
+        let text = b"never trust a guest ".repeat(3277);
+        let mut packed = vec![0; 65_536];
+        let mut encoder = super::super::cluster::Encoder::new(compression).unwrap();
+        let super::super::cluster::Encoded::Compressed(len) =
+            encoder.encode(&text[..65_536], &mut packed)
+        else {
+            panic!("text does not compress")
+        };
+        let mut bytes = Vec::new();
+        let mut layout = Layout::new(4 * CLUSTER_SIZE, compression);
+        let offset = layout.place(1, Placed::Compressed(len), &mut bytes);
+        bytes.emit(offset, &packed[..len]);
+        let offset = layout.place(2, Placed::Raw, &mut bytes);
+        bytes.emit(offset, &[7; 65_536]);
+        let finished = layout.finish(&mut bytes);
+        bytes.emit(0, &finished.header.to_bytes());
+        bytes
+    }
+
+    fn read_all(bytes: &Vec<u8>) -> Result<Vec<u8>, ReadError> {
+        let mut image = Image::open(bytes)?;
+        let size = image.header().virtual_size.min(1 << 20);
+        let mut guest = vec![0; size as usize];
+        let cluster = 1 << image.header().cluster_bits;
+        for (index, buf) in guest.chunks_mut(cluster).enumerate() {
+            image.read_at(buf, (index * cluster) as u64)?;
+        }
+        Ok(guest)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+
+        /// Damage anywhere is an error or other bytes: never a panic, never
+        /// more than the size.
+        #[test]
+        fn damage_is_survived(
+            zstd in any::<bool>(),
+            at in prop_oneof![0_usize..112, 65_536_usize..70_000, 0_usize..400_000],
+            value in any::<[u8; 8]>(),
+            cut in prop_oneof![9 => Just(usize::MAX), 1 => 0_usize..400_000],
+        ) {
+            let mut bytes = image(if zstd { Compression::Zstd } else { Compression::Deflate });
+            let whole = read_all(&bytes).unwrap();
+            prop_assert!(whole[65_536..].starts_with(b"never trust a guest"));
+            for (byte, value) in bytes.iter_mut().skip(at).zip(value) {
+                *byte = value;
+            }
+            bytes.truncate(cut);
+            let _ = read_all(&bytes);
+        }
+    }
+}

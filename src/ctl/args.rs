@@ -1,0 +1,388 @@
+//! The command line: verbs and options as the `oci` CLI names them. Help,
+//! man pages and completions come from here.
+
+use std::{collections::HashMap, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::exit::Exit;
+use crate::pb;
+
+/// Where imaged listens unless told otherwise.
+pub(super) const DEFAULT_SOCKET: &str = "/run/imaged/imaged.sock";
+
+/// Longest retry token that imaged takes (OCI: `opc-retry-token`).
+const MAX_TOKEN: usize = 64;
+
+/// Makes images of this host's virtual machines.
+///
+/// imagectl asks imaged, the daemon on this host. Work goes on when imagectl
+/// ends: find it again by `imagectl work-request list`.
+#[derive(Debug, Parser)]
+#[command(name = "imagectl", version, after_help = Exit::list(), max_term_width = 100)]
+#[command(disable_help_subcommand = true)]
+pub(super) struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub noun: Noun,
+}
+
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub(super) struct Global {
+    /// Socket of imaged.
+    #[arg(long, global = true, value_name = "PATH", env = "IMAGED_SOCKET", hide_env_values = true)]
+    #[arg(default_value = DEFAULT_SOCKET, value_parser = clap::builder::NonEmptyStringValueParser::new())]
+    pub socket: String,
+    /// Form of the result: for people, or as `oci` prints it for scripts.
+    #[arg(long, global = true, value_enum, value_name = "FORMAT", default_value = "table")]
+    pub output: Output,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum Output {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Noun {
+    /// Virtual machines of this host.
+    #[command(subcommand)]
+    Instance(InstanceVerb),
+    /// Images in the stores.
+    #[command(subcommand)]
+    Image(ImageVerb),
+    /// Work that was asked for: how far it is, how it ended.
+    #[command(subcommand)]
+    WorkRequest(WorkRequestVerb),
+    /// This host: what it can do, and its stores.
+    #[command(subcommand)]
+    Host(HostVerb),
+    /// Print a completion script for a shell.
+    Completions {
+        /// The shell that will read it.
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+    /// Write all man pages into a directory.
+    Man {
+        /// The directory; it is made if missing.
+        dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum InstanceVerb {
+    /// List the instances that imaged was told of.
+    List {
+        /// Only those of this compartment.
+        #[arg(long, value_name = "OCID")]
+        compartment_id: Option<String>,
+    },
+    /// Show one instance.
+    Get {
+        /// OCID or name of the instance.
+        #[arg(long, value_name = "ID")]
+        instance_id: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum HostVerb {
+    /// Show what this host can do, and its stores.
+    Get,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ImageVerb {
+    /// Make an image of a stopped instance, or of a volume that nothing uses.
+    Create(Box<ImageCreate>),
+    /// List images.
+    List(Box<ImageList>),
+    /// Show one image.
+    Get {
+        /// OCID of the image.
+        #[arg(long, value_name = "OCID")]
+        image_id: String,
+    },
+    /// Delete an image from its store.
+    Delete {
+        /// OCID of the image.
+        #[arg(long, value_name = "OCID")]
+        image_id: String,
+        /// Do not ask. Required where no terminal can be asked.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Read an image back from its store and recompute its digests.
+    ///
+    /// Waits for the verdict; exit code 6 says that the image is not what was
+    /// stored.
+    Verify(ImageVerify),
+}
+
+#[derive(Debug, Args)]
+#[group(id = "source", required = true, multiple = false, args = ["instance_id", "boot_volume"])]
+pub(super) struct ImageCreate {
+    /// OCID or name of the instance whose boot volume is read.
+    #[arg(long, value_name = "ID")]
+    pub instance_id: Option<String>,
+    /// Block device or raw file to read.
+    #[arg(long, value_name = "PATH")]
+    pub boot_volume: Option<PathBuf>,
+    /// Compartment of the image [default: the instance's, or the configured one].
+    #[arg(long, value_name = "OCID")]
+    pub compartment_id: Option<String>,
+    /// Name of the image [default: made from the time].
+    #[arg(long, value_name = "NAME")]
+    pub display_name: Option<String>,
+    /// Tags, as a JSON object of strings: '{"env": "prod"}'.
+    #[arg(long, value_name = "JSON", value_parser = parse_tags)]
+    pub freeform_tags: Option<Tags>,
+    /// How instances are to be launched from it [default: PARAVIRTUALIZED].
+    #[arg(long, value_enum, ignore_case = true, value_name = "MODE")]
+    pub launch_mode: Option<LaunchMode>,
+    /// Compression; zstd needs QEMU 5.1 to read, deflate any QEMU [default: zstd].
+    #[arg(long, value_enum, ignore_case = true, value_name = "METHOD")]
+    pub compression: Option<Compression>,
+    /// What to do when the volume cannot be read.
+    #[arg(long, value_enum, value_name = "ACTION", default_value = "fail")]
+    pub on_read_error: OnReadError,
+    /// Names this request: asking again within 24 hours with the same token
+    /// is asking once [default: a new one].
+    #[arg(long, value_name = "TOKEN", value_parser = parse_token)]
+    pub retry_token: Option<String>,
+    #[command(flatten)]
+    pub wait: CreateWait,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CreateWait {
+    /// Wait until the image or its work request is in this state. May be
+    /// given more than once: the first that is reached ends the wait. Failed
+    /// work always ends it, with exit code 1.
+    #[arg(long, value_enum, ignore_case = true, value_name = "STATE")]
+    pub wait_for_state: Vec<WaitFor>,
+    /// Longest time to wait, as in `oci`.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1200, requires = "wait_for_state")]
+    pub max_wait_seconds: u64,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ImageVerify {
+    /// OCID of the image.
+    #[arg(long, value_name = "OCID")]
+    pub image_id: String,
+    /// Names this request: asking twice with the same token is asking once
+    /// [default: a new one].
+    #[arg(long, value_name = "TOKEN", value_parser = parse_token)]
+    pub retry_token: Option<String>,
+    /// Wait until the work request is in this state; ACCEPTED does not wait.
+    #[arg(long, value_enum, ignore_case = true, value_name = "STATE")]
+    #[arg(default_value = "SUCCEEDED")]
+    pub wait_for_state: Vec<WaitFor>,
+    /// Longest time to wait [default: until the work ends].
+    #[arg(long, value_name = "SECONDS")]
+    pub max_wait_seconds: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ImageList {
+    /// Only those of this compartment.
+    #[arg(long, value_name = "OCID")]
+    pub compartment_id: Option<String>,
+    /// Only those with exactly this name.
+    #[arg(long, value_name = "NAME")]
+    pub display_name: Option<String>,
+    /// Only those with this operating system.
+    #[arg(long, value_name = "NAME")]
+    pub operating_system: Option<String>,
+    /// Only those with this version of it.
+    #[arg(long, value_name = "VERSION")]
+    pub operating_system_version: Option<String>,
+    /// Only those in this state.
+    #[arg(long, value_enum, ignore_case = true, value_name = "STATE")]
+    pub lifecycle_state: Option<LifecycleState>,
+    /// What to sort by [default: TIMECREATED].
+    #[arg(long, value_enum, ignore_case = true, value_name = "FIELD")]
+    pub sort_by: Option<SortBy>,
+    /// Which way [default: DESC for TIMECREATED, ASC for DISPLAYNAME].
+    #[arg(long, value_enum, ignore_case = true, value_name = "ORDER")]
+    pub sort_order: Option<SortOrder>,
+    #[command(flatten)]
+    pub paging: Paging,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Paging {
+    /// How many at most [default: 100].
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub limit: Option<u32>,
+    /// Go on where an earlier list ended: its `opc-next-page`.
+    #[arg(long, value_name = "TOKEN")]
+    pub page: Option<String>,
+    /// All of them.
+    #[arg(long, conflicts_with_all = ["limit", "page"])]
+    pub all: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum WorkRequestVerb {
+    /// List work requests, newest first.
+    List {
+        /// Only those of this compartment.
+        #[arg(long, value_name = "OCID")]
+        compartment_id: Option<String>,
+        /// Only those about this image, instance or volume.
+        #[arg(long, value_name = "ID")]
+        resource_id: Option<String>,
+        #[command(flatten)]
+        paging: Paging,
+    },
+    /// Show one work request, with its errors and its log.
+    Get {
+        /// OCID of the work request.
+        #[arg(long, value_name = "OCID")]
+        work_request_id: String,
+    },
+    /// Follow a work request to its end; the exit code tells how it ended.
+    Watch {
+        /// OCID of the work request.
+        #[arg(long, value_name = "OCID")]
+        work_request_id: String,
+        /// Longest time to wait [default: until the work ends].
+        #[arg(long, value_name = "SECONDS")]
+        max_wait_seconds: Option<u64>,
+    },
+    /// Ask for the end of a work request; what it made is undone.
+    Cancel {
+        /// OCID of the work request.
+        #[arg(long, value_name = "OCID")]
+        work_request_id: String,
+    },
+}
+
+/// How far work must be for a wait to end. In order: a later point includes
+/// the earlier ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Until {
+    Accepted,
+    Started,
+    Ended,
+}
+
+/// The words of `oci`'s `--wait-for-state`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "SCREAMING_SNAKE_CASE")]
+pub(super) enum WaitFor {
+    Available,
+    Provisioning,
+    Accepted,
+    InProgress,
+    Succeeded,
+    Failed,
+    Canceled,
+}
+
+impl WaitFor {
+    /// The first point that one of `wanted` names; `None` is no wait.
+    pub fn earliest(wanted: &[Self]) -> Option<Until> {
+        wanted.iter().map(|state| state.point()).min()
+    }
+
+    fn point(self) -> Until {
+        match self {
+            Self::Provisioning | Self::Accepted => Until::Accepted,
+            Self::InProgress => Until::Started,
+            Self::Available | Self::Succeeded | Self::Failed | Self::Canceled => Until::Ended,
+        }
+    }
+}
+
+/// What becomes of a volume that cannot be read in places.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum OnReadError {
+    /// The image fails and leaves nothing behind.
+    Fail,
+}
+
+/// Words of the command line for values of the API.
+macro_rules! api_words {
+    ($(#[$attribute:meta])* $name:ident -> $api:ty { $($variant:ident => $value:ident,)+ }) => {
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+        $(#[$attribute])*
+        pub(super) enum $name { $($variant,)+ }
+
+        impl From<$name> for $api {
+            fn from(word: $name) -> Self {
+                match word { $($name::$variant => Self::$value,)+ }
+            }
+        }
+    };
+}
+
+api_words!(
+    #[value(rename_all = "UPPER")]
+    LaunchMode -> pb::LaunchMode {
+    Native => Native,
+    Emulated => Emulated,
+    Paravirtualized => Paravirtualized,
+    Custom => Custom,
+    AcceleratedPv => Acceleratedpv,
+    }
+);
+
+api_words!(
+    #[value(rename_all = "lower")]
+    Compression -> pb::Compression {
+    Zstd => Zstd,
+    Deflate => Deflate,
+    None => None,
+    }
+);
+
+api_words!(
+    #[value(rename_all = "UPPER")]
+    LifecycleState -> pb::image::LifecycleState {
+    Provisioning => Provisioning,
+    Importing => Importing,
+    Available => Available,
+    Exporting => Exporting,
+    Disabled => Disabled,
+    Deleted => Deleted,
+    }
+);
+
+api_words!(
+    #[value(rename_all = "UPPER")]
+    SortBy -> pb::list_images_request::SortBy {
+    TimeCreated => Timecreated,
+    DisplayName => Displayname,
+    }
+);
+
+api_words!(
+    #[value(rename_all = "UPPER")]
+    SortOrder -> pb::list_images_request::SortOrder {
+    Asc => Asc,
+    Desc => Desc,
+    }
+);
+
+/// Free-form tags.
+pub(super) type Tags = HashMap<String, String>;
+
+fn parse_tags(text: &str) -> Result<Tags, String> {
+    serde_json::from_str(text).map_err(|error| {
+        format!("not a JSON object of strings like '{{\"env\": \"prod\"}}': {error}")
+    })
+}
+
+fn parse_token(text: &str) -> Result<String, String> {
+    match text.chars().count() {
+        1..=MAX_TOKEN => Ok(text.to_owned()),
+        count => Err(format!("a retry token has 1 to {MAX_TOKEN} characters, this one {count}")),
+    }
+}

@@ -1,0 +1,86 @@
+//! `imagectl work-request`.
+
+use std::time::Duration;
+
+use super::{Page, Session, pages};
+use crate::{
+    ctl::{
+        args::{Paging, Until, WorkRequestVerb},
+        failure::Failure,
+        progress::Progress,
+        render::{json, table},
+        wait::{FIRST_PAUSE, Wait},
+    },
+    pb,
+};
+
+pub(super) async fn run(
+    mut session: Session<'_, '_>,
+    verb: WorkRequestVerb,
+) -> Result<(), Failure> {
+    let client = session.client.clone();
+    match verb {
+        WorkRequestVerb::List { compartment_id, resource_id, paging } => {
+            list(session, compartment_id, resource_id, paging).await
+        }
+        WorkRequestVerb::Get { work_request_id } => {
+            let request = pb::GetWorkRequestRequest { work_request_id };
+            let work = client.call(client.work_requests().get_work_request(request)).await?;
+            print(&mut session, &work)
+        }
+        WorkRequestVerb::Watch { work_request_id, max_wait_seconds } => {
+            let wait = Wait {
+                client: &client,
+                work_request_id: &work_request_id,
+                until: Until::Ended,
+                limit: max_wait_seconds.map(Duration::from_secs),
+                first_pause: FIRST_PAUSE,
+            };
+            let work = wait.run(&mut Progress::on(session.console)).await?;
+            print(&mut session, &work)?;
+            Failure::of_work(&work).map_or(Ok(()), Err)
+        }
+        WorkRequestVerb::Cancel { work_request_id } => {
+            let request = pb::CancelWorkRequestRequest { work_request_id };
+            let work = client.call(client.work_requests().cancel_work_request(request)).await?;
+            print(&mut session, &work)
+        }
+    }
+}
+
+async fn list(
+    mut session: Session<'_, '_>,
+    compartment_id: Option<String>,
+    resource_id: Option<String>,
+    paging: Paging,
+) -> Result<(), Failure> {
+    let client = session.client.clone();
+    let wanted = pb::ListWorkRequestsRequest {
+        compartment_id: compartment_id.unwrap_or_default(),
+        resource_id: resource_id.unwrap_or_default(),
+        ..Default::default()
+    };
+    let page = pages(paging, async |limit, page| {
+        let request = pb::ListWorkRequestsRequest { limit, page, ..wanted.clone() };
+        let answer = client.call(client.work_requests().list_work_requests(request)).await?;
+        Ok(Page { items: answer.items, next: answer.next_page })
+    })
+    .await?;
+    session.print_list(
+        &page,
+        "work requests",
+        |items| {
+            let data = json::list(items, json::work_request);
+            json::document(data, [("opc-next-page", &page.next)])
+        },
+        table::work_requests,
+    )
+}
+
+/// Prints a work request.
+pub(super) fn print(session: &mut Session<'_, '_>, work: &pb::WorkRequest) -> Result<(), Failure> {
+    session.print(
+        || json::document(json::work_request(work), []),
+        |now, _| table::work_request(work, now),
+    )
+}

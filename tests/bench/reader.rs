@@ -1,0 +1,63 @@
+//! The reader alone against fio: how near to the device's limit it comes.
+
+use std::{path::PathBuf, sync::mpsc::sync_channel, thread, time::Instant};
+
+use imaged::{block, port::Volumes as _};
+use tokio_util::sync::CancellationToken;
+
+use crate::{ROUNDS, cold, lab::run, report::Report, volumes::Volumes};
+
+/// Every byte of the random volume, in 1 MiB reads, 16 at once, on both
+/// sides.
+pub fn read_limit(volumes: &Volumes, report: &mut Report) {
+    if !report.wants("read-limit") {
+        return;
+    }
+    let device = volumes.device("random").to_owned();
+    let (mut ours, mut peer) = (Vec::new(), Vec::new());
+    for round in 0..=ROUNDS {
+        cold();
+        let our_seconds = read(&device);
+        cold();
+        let peer_seconds = fio(&device);
+        if round > 0 {
+            ours.push(our_seconds);
+            peer.push(peer_seconds);
+        }
+    }
+    report.compare("read-limit", &ours, &peer);
+}
+
+fn read(device: &PathBuf) -> f64 {
+    let host = block::HostVolumes::new(vec!["/dev".into()], block::Settings::default());
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let mut held = runtime.block_on(host.hold(device)).unwrap();
+    let (pieces_in, pieces) = sync_channel(4);
+    let start = Instant::now();
+    let consumer = thread::spawn(move || pieces.into_iter().for_each(drop));
+    held.read(&pieces_in, &CancellationToken::new()).unwrap();
+    drop(pieces_in);
+    consumer.join().unwrap();
+    start.elapsed().as_secs_f64()
+}
+
+/// fio's own time for the reads, without its start.
+fn fio(device: &PathBuf) -> f64 {
+    let file = format!("--filename={}", device.display());
+    let output = run(
+        "fio",
+        &[
+            "--name=read",
+            &file,
+            "--readonly",
+            "--rw=read",
+            "--bs=1M",
+            "--iodepth=16",
+            "--ioengine=io_uring",
+            "--direct=1",
+            "--output-format=json",
+        ],
+    );
+    let report: serde_json::Value = serde_json::from_str(&output).unwrap();
+    report["jobs"][0]["read"]["runtime"].as_f64().unwrap() / 1000.0
+}

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Runs every fuzz target for so many seconds, from small images as seeds.
+#   tests/fuzz/run.sh [SECONDS]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+seconds=${1:-60}
+export PATH=$PWD/target/tools/bin:$PATH
+# cargo-fuzz needs the sanitizer's compiler flag, which stable rustc hides.
+export RUSTC_BOOTSTRAP=1
+
+corpus=target/fuzz/corpus/qcow2
+mkdir -p "$corpus"
+for type in zlib zstd; do
+    seed=$corpus/seed-$type
+    [[ -e $seed ]] && continue
+    head -c 200000 Cargo.lock >"$seed.raw"
+    qemu-img convert -c -O qcow2 -o "cluster_size=4096,compression_type=$type" "$seed.raw" "$seed"
+    rm "$seed.raw"
+done
+
+for target in $(cargo fuzz list --fuzz-dir tests/fuzz); do
+    echo "fuzz: $target for $seconds s"
+    cargo fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz/build "$target" \
+        "target/fuzz/corpus/$target" -- \
+        -max_total_time="$seconds" -rss_limit_mb=512 -timeout=10 -max_len=1048576 \
+        -artifact_prefix=target/fuzz/ -print_final_stats=1
+done

@@ -1,0 +1,88 @@
+//! A store that fails in the middle.
+
+use std::{fs, thread, time::Duration};
+
+use crate::{
+    lab::{Config, Daemon, Mount, noise, run, scratch, sparse_file, wait_for},
+    lifecycle::{running, slow_volume},
+};
+
+const MIB: u64 = 1 << 20;
+
+fn daemon(store: &Mount, dir: &std::path::Path) -> Daemon {
+    Daemon::start(&Config {
+        lines: format!("boot_volume_dirs = [{:?}]", dir.display().to_string()),
+        store: Some(store.at.path().join("store")),
+        ..Config::default()
+    })
+}
+
+/// Free bytes of the store's filesystem.
+fn free(store: &Mount) -> u64 {
+    let path = store.at.path().to_str().unwrap();
+    run("df", &["--output=avail", "-B1", path]).lines().last().unwrap().trim().parse().unwrap()
+}
+
+#[test]
+#[ignore = "needs root, loop devices and mounts"]
+fn root_a_full_store_fails_the_image_and_gives_its_room_back() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = dir.path().join("large.raw");
+    sparse_file(&volume, 300 * MIB, &[(0, noise(300 << 20, 9))]);
+    let store = Mount::new("ext4", 160 * MIB);
+    let daemon = daemon(&store, dir.path());
+    let before = free(&store);
+
+    let said = daemon.refusal(&[
+        "image", "create", "--boot-volume", volume.to_str().unwrap(), "--wait-for-state",
+        "AVAILABLE",
+    ]);
+    assert!(said.contains("store \"test\""), "{said}");
+    assert!(said.contains("help:"), "{said}");
+    let left = fs::read_dir(store.at.path().join("store/images")).unwrap().count();
+    assert_eq!(left, 0, "something is left");
+    assert!(free(&store) + MIB > before, "{} of {before} bytes are free", free(&store));
+}
+
+#[test]
+#[ignore = "needs root, loop devices and mounts"]
+fn root_a_store_that_becomes_read_only_fails_the_image() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = slow_volume(dir.path());
+    let store = Mount::new("ext4", 512 * MIB);
+    let daemon = daemon(&store, dir.path());
+    let request = running(&daemon, &volume);
+    // The kernel refuses while files are open for writing: an error does it.
+    store.remount("ro,abort");
+    let ended = wait_for("the end", Duration::from_secs(60), || {
+        let request =
+            daemon.json(&["work-request", "get", "--work-request-id", &request])["data"].clone();
+        (request["time-finished"] != serde_json::Value::Null).then_some(request)
+    });
+    assert_eq!(ended["status"], "FAILED");
+    let error = &ended["errors"][0];
+    assert_eq!(error["code"], "STORE_UNAVAILABLE", "{error}");
+    assert!(error["message"].as_str().unwrap().contains("help:"), "{error}");
+}
+
+#[test]
+#[ignore = "needs root"]
+fn root_a_store_that_vanishes_fails_the_image_and_is_not_filled_elsewhere() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = slow_volume(dir.path());
+    let store = dir.path().join("store");
+    let daemon = Daemon::start(&Config {
+        lines: format!("boot_volume_dirs = [{:?}]", dir.path().display().to_string()),
+        store: Some(store.clone()),
+        ..Config::default()
+    });
+    let request = running(&daemon, &volume);
+    fs::rename(&store, dir.path().join("gone")).unwrap();
+    fs::create_dir(&store).unwrap();
+    let output = daemon.imagectl(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(!output.status.success());
+    let said = daemon.refusal(&["image", "list"]);
+    assert!(said.contains("is it mounted?"), "{said}");
+    thread::sleep(Duration::from_millis(100));
+    assert_eq!(fs::read_dir(&store).unwrap().count(), 0, "the bare directory was written to");
+}
