@@ -293,22 +293,22 @@ mod tests {
 
     #[test]
     fn an_unknown_key_names_file_line_and_key() {
-        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml:2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `default_store`, `stores`");
+        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `default_store`, `stores`");
     }
 
     #[test]
     fn an_unknown_key_in_a_store() {
-        insta::assert_snapshot!(refused("[stores.a]\nkind = \"directory\"\npaht = \"/a\"\n"), @"/etc/imaged/imaged.toml:3: stores.a.paht: unknown key, expected one of `kind`, `path`, `min_free`");
+        insta::assert_snapshot!(refused("[stores.a]\nkind = \"directory\"\npaht = \"/a\"\n"), @"/etc/imaged/imaged.toml, line 3: stores.a.paht: unknown key, expected one of `kind`, `path`, `min_free`");
     }
 
     #[test]
     fn a_wrong_type() {
-        insta::assert_snapshot!(refused("\nmax_captures = \"two\"\n"), @r#"/etc/imaged/imaged.toml:2: max_captures: invalid type: string "two", expected a number from 1 on"#);
+        insta::assert_snapshot!(refused("\nmax_captures = \"two\"\n"), @r#"/etc/imaged/imaged.toml, line 2: max_captures: invalid type: string "two", expected a number from 1 on"#);
     }
 
     #[test]
     fn a_missing_key() {
-        insta::assert_snapshot!(refused("\n[stores.a]\nkind = \"directory\"\n"), @"/etc/imaged/imaged.toml:2: stores.a: missing key `path`");
+        insta::assert_snapshot!(refused("\n[stores.a]\nkind = \"directory\"\n"), @"/etc/imaged/imaged.toml, line 2: stores.a: missing key `path`");
     }
 
     #[test]
@@ -332,21 +332,21 @@ mod tests {
         ]
         .map(refused);
         insta::assert_snapshot!(reports.join("\n"), @r#"
-        /etc/imaged/imaged.toml:1: max_volume_size: "gigs" is not one of the units B, KB, MB, GB, TB, PB, KiB, MiB, GiB, TiB, PiB
-        /etc/imaged/imaged.toml:1: max_volume_size: invalid type: integer `400`, expected a size with its unit, such as "400GiB"
-        /etc/imaged/imaged.toml:1: socket: "run/imaged.sock" is not an absolute path
-        /etc/imaged/imaged.toml:1: boot_volume_dirs: "disks" is not an absolute path
-        /etc/imaged/imaged.toml:1: encode_threads: invalid value: string "some", expected a number of threads from 1 on, or "all"
-        /etc/imaged/imaged.toml:1: encode_threads: invalid value: integer `0`, expected a number of threads from 1 on, or "all"
-        /etc/imaged/imaged.toml:1: read_depth: 257 is not from 1 to 256
-        /etc/imaged/imaged.toml:1: max_captures: invalid value: integer `0`, expected a number from 1 on
-        /etc/imaged/imaged.toml:1: default_compartment: it begins with '.'
-        /etc/imaged/imaged.toml:2: stores.a.kind: unknown variant `floppy`, expected `directory`
-        /etc/imaged/imaged.toml:2: warn_volume_size: larger than max_volume_size (1.00 GiB (1073741824 bytes)), so it would never warn
-        /etc/imaged/imaged.toml:1: stores.a b: not a name: ' ' is not among the letters, digits, '.', '-' and '_' that an identifier is made of
-        /etc/imaged/imaged.toml:1: default_store: there is no store "b", only a
-        /etc/imaged/imaged.toml:1: stores: missing key "default_store": there are a, b
-        /etc/imaged/imaged.toml:1: key with no value, expected `=`
+        /etc/imaged/imaged.toml, line 1: max_volume_size: "gigs" is not one of the units B, KB, MB, GB, TB, PB, KiB, MiB, GiB, TiB, PiB
+        /etc/imaged/imaged.toml, line 1: max_volume_size: invalid type: integer `400`, expected a size with its unit, such as "400GiB"
+        /etc/imaged/imaged.toml, line 1: socket: "run/imaged.sock" is not an absolute path
+        /etc/imaged/imaged.toml, line 1: boot_volume_dirs: "disks" is not an absolute path
+        /etc/imaged/imaged.toml, line 1: encode_threads: invalid value: string "some", expected a number of threads from 1 on, or "all"
+        /etc/imaged/imaged.toml, line 1: encode_threads: invalid value: integer `0`, expected a number of threads from 1 on, or "all"
+        /etc/imaged/imaged.toml, line 1: read_depth: 257 is not from 1 to 256
+        /etc/imaged/imaged.toml, line 1: max_captures: invalid value: integer `0`, expected a number from 1 on
+        /etc/imaged/imaged.toml, line 1: default_compartment: it begins with '.'
+        /etc/imaged/imaged.toml, line 2: stores.a.kind: unknown variant `floppy`, expected `directory`
+        /etc/imaged/imaged.toml, line 2: warn_volume_size: larger than max_volume_size (1.00 GiB (1073741824 bytes)), so it would never warn
+        /etc/imaged/imaged.toml, line 1: stores.a b: not a name: ' ' is not among the letters, digits, '.', '-' and '_' that an identifier is made of
+        /etc/imaged/imaged.toml, line 1: default_store: there is no store "b", only a
+        /etc/imaged/imaged.toml, line 1: stores: missing key "default_store": there are a, b
+        /etc/imaged/imaged.toml, line 1: key with no value, expected `=`
         "#);
     }
 

@@ -229,13 +229,13 @@ mod tests {
         ]
         .map(refused);
         insta::assert_snapshot!(reports.join("\n"), @r#"
-        /etc/imaged/instances.d/web-3.toml:1: missing key `qmp_socket`
-        /etc/imaged/instances.d/web-3.toml:1: missing key `qmp_socket`
-        /etc/imaged/instances.d/web-3.toml:1: missing key `boot_volume`
-        /etc/imaged/instances.d/web-3.toml:2: qmp_socket: "b" is not an absolute path
-        /etc/imaged/instances.d/web-3.toml:3: id: '/' is not among the letters, digits, '.', '-' and '_' that an identifier is made of
-        /etc/imaged/instances.d/web-3.toml:4: password: unknown key, expected one of `id`, `compartment`, `boot_volume`, `qmp_socket`, `agent_socket`, `base_image_id`, `shape`, `systemd_unit`, `operating_system`, `operating_system_version`
-        /etc/imaged/instances.d/web-3.toml:3: agent_socket: invalid type: integer `3`, expected a path
+        /etc/imaged/instances.d/web-3.toml, line 1: missing key `qmp_socket`
+        /etc/imaged/instances.d/web-3.toml, line 1: missing key `qmp_socket`
+        /etc/imaged/instances.d/web-3.toml, line 1: missing key `boot_volume`
+        /etc/imaged/instances.d/web-3.toml, line 2: qmp_socket: "b" is not an absolute path
+        /etc/imaged/instances.d/web-3.toml, line 3: id: '/' is not among the letters, digits, '.', '-' and '_' that an identifier is made of
+        /etc/imaged/instances.d/web-3.toml, line 4: password: unknown key, expected one of `id`, `compartment`, `boot_volume`, `qmp_socket`, `agent_socket`, `base_image_id`, `shape`, `systemd_unit`, `operating_system`, `operating_system_version`
+        /etc/imaged/instances.d/web-3.toml, line 3: agent_socket: invalid type: integer `3`, expected a path
         "#);
     }
 

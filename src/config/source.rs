@@ -46,8 +46,8 @@ impl Source<'_> {
         let line = 1 + before.filter(|byte| **byte == b'\n').count();
         let origin = self.origin.display();
         let context = match key {
-            Some(key) => format!("{origin}:{line}: {key}: {message}"),
-            None => format!("{origin}:{line}: {message}"),
+            Some(key) => format!("{origin}, line {line}: {key}: {message}"),
+            None => format!("{origin}, line {line}: {message}"),
         };
         Error::new(Reason::InvalidConfiguration, context)
     }

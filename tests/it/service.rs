@@ -256,7 +256,7 @@ async fn the_host_tells_what_is_missing_and_instances_are_found() {
     let host = hosts.get_host(pb::GetHostRequest {}).await.unwrap().into_inner();
     let features: Vec<_> = host.features.iter().map(|f| (f.name.as_str(), f.available)).collect();
     assert_eq!(features, [("io_uring", false), ("instances", true), ("instance web-3", false)]);
-    assert!(host.features[2].details.contains("web-3.toml:1: boot_volume"), "{host:?}");
+    assert!(host.features[2].details.contains("web-3.toml, line 1: boot_volume"), "{host:?}");
     assert!(host.stores[0].is_default && !host.stores[1].is_default);
     assert_eq!(host.stores[0].free_bytes, Some(1 << 30));
     assert_eq!((host.stores[1].free_bytes, host.stores[1].problem.is_empty()), (None, false));
