@@ -25,5 +25,6 @@ pub mod model;
 pub mod pb;
 pub mod port;
 pub mod rpc;
+pub mod store;
 pub mod sys;
 pub mod work;

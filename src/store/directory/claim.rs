@@ -1,0 +1,129 @@
+//! Who works on an image's directory: `upload.json`, locked while its writer
+//! lives.
+//!
+//! The lock, not a process id, tells a living upload from a dead one: the
+//! kernel drops it with the process, and process ids are used again. The
+//! contents are for people and for telling hosts apart.
+
+use std::{
+    fs::{File, TryLockError},
+    io::{self, Write},
+    os::unix::fs::MetadataExt,
+};
+
+use nix::fcntl::OFlag;
+use serde::{Deserialize, Serialize};
+
+use super::files::Dir;
+use crate::model::ByteSize;
+
+/// The claim's name in an image's directory.
+pub const CLAIM: &str = "upload.json";
+
+/// Largest claim: it has four short fields.
+const MAX_CLAIM: ByteSize = ByteSize(4096);
+
+/// Whoever may claim.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Owner {
+    schema: Schema,
+    /// The host's machine id.
+    pub host_id: String,
+    /// Chosen anew whenever a store is opened.
+    pub instance: String,
+    /// The daemon's process, for people.
+    pub pid: u32,
+}
+
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+enum Schema {
+    #[serde(rename = "imaged.upload/1")]
+    V1,
+}
+
+impl Owner {
+    /// This process on the host `host_id`.
+    pub fn new(host_id: String, instance: String) -> Self {
+        Self { schema: Schema::V1, host_id, instance, pid: std::process::id() }
+    }
+}
+
+/// A claim that is held: dropping it leaves `upload.json` without its lock.
+#[derive(Debug)]
+#[must_use]
+pub struct Claim {
+    _locked: File,
+}
+
+/// What became of an attempt to claim.
+#[derive(Debug)]
+pub enum Claimed {
+    /// It is held now.
+    Taken(Claim),
+    /// Someone else holds it, or has just finished with it.
+    Held,
+}
+
+/// What a claim in a directory says.
+#[derive(Debug)]
+pub enum Found {
+    /// There is none.
+    None,
+    /// One of this host's, whose writer is dead; held now.
+    Dead(Claim),
+    /// Another host's, or its writer lives.
+    Foreign,
+    /// It cannot be understood. A power failure just after it was made
+    /// leaves an empty one.
+    Unreadable,
+}
+
+impl Claim {
+    /// Claims `dir` for `owner`, durably. A claim without a lock is taken
+    /// over.
+    pub fn take(dir: &Dir, owner: &Owner) -> io::Result<Claimed> {
+        let mut file = dir.open(CLAIM, OFlag::O_CREAT | OFlag::O_RDWR)?;
+        let Some(claim) = lock(&file)? else { return Ok(Claimed::Held) };
+        file.set_len(0)?;
+        file.write_all(&serde_json::to_vec_pretty(owner)?)?;
+        file.sync_all()?;
+        dir.sync()?;
+        Ok(Claimed::Taken(claim))
+    }
+
+    /// Looks at the claim in `dir` and takes it if it is of `owner`'s host
+    /// and dead.
+    pub fn inherit(dir: &Dir, owner: &Owner) -> io::Result<Found> {
+        let bytes = match dir.read(CLAIM, MAX_CLAIM) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Found::None),
+            read => read?,
+        };
+        let Ok(found) = serde_json::from_slice::<Owner>(&bytes) else {
+            return Ok(Found::Unreadable);
+        };
+        if found.host_id != owner.host_id {
+            return Ok(Found::Foreign);
+        }
+        // Writable, because NFS locks for writing on nothing less.
+        let file = match dir.open(CLAIM, OFlag::O_RDWR) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Found::None),
+            opened => opened?,
+        };
+        Ok(lock(&file)?.map_or(Found::Foreign, Found::Dead))
+    }
+}
+
+/// `None`: someone else has the lock, or removed the file before it was
+/// locked here.
+fn lock(file: &File) -> io::Result<Option<Claim>> {
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Ok(None),
+        Err(TryLockError::Error(cause)) => return Err(cause),
+    }
+    if file.metadata()?.nlink() == 0 {
+        return Ok(None);
+    }
+    Ok(Some(Claim { _locked: file.try_clone()? }))
+}

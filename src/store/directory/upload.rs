@@ -1,0 +1,319 @@
+//! One image's upload.
+//!
+//! ```text
+//! Open ──seal──► Sealed
+//!   └──abort──► Aborted
+//! ```
+//!
+//! A put holds the stage for reading until its bytes are written, even if
+//! its caller went away; seal and abort hold it for writing. So nothing is
+//! sealed or removed under a write.
+
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use tokio::sync::RwLock;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    CLAIM, EXTENTS, MANIFEST, OBJECT, RECORD, Store,
+    claim::{Claim, Claimed},
+    files::{self, Dir, During},
+    object::ObjectFile,
+    removal,
+    threads::BYTES,
+};
+use crate::{
+    error::{Context, Error, Reason, Result},
+    model::{
+        ByteSize, ImageId,
+        image::{EXTENT_SIZE, StoredPart},
+    },
+    port::{BoxFuture, Part, Sealed, Upload},
+};
+
+/// Room that must be left over the minimum before an upload begins: the
+/// object's first part, which every image has.
+const FIRST_PART: ByteSize = ByteSize::mib(16);
+
+/// An upload into a directory store.
+pub struct DirectoryUpload {
+    store: Arc<Store>,
+    id: ImageId,
+    stage: Arc<RwLock<Stage>>,
+}
+
+enum Stage {
+    Open(Box<Open>),
+    Sealed,
+    Aborted,
+}
+
+/// What an upload holds; dropping it closes the files and gives up the claim.
+struct Open {
+    images: Dir,
+    dir: Dir,
+    object: ObjectFile,
+    parts: Mutex<BTreeMap<u32, Written>>,
+    _claim: Claim,
+}
+
+/// A part that is in the object's file.
+struct Written {
+    offset: u64,
+    part: StoredPart,
+}
+
+impl DirectoryUpload {
+    /// Makes the image's directory, claims it, and makes the object's file.
+    pub fn begin(store: Arc<Store>, id: ImageId) -> Result<Self> {
+        let images = store.root.images()?;
+        let path = images.path_of(id.as_str());
+        let room = files::room(images.handle())
+            .during(|| format!("cannot see how full {} is", images.path().display()))?;
+        if room.free < ByteSize(store.min_free.get().saturating_add(FIRST_PART.get())) {
+            return Err(store.full(room.free, format!("image {id} needs at least {FIRST_PART}")));
+        }
+        match images.make_dir(id.as_str()) {
+            Err(cause) if cause.kind() == io::ErrorKind::AlreadyExists => {
+                let context = format!("{} is there already", path.display());
+                return Err(Error::new(Reason::Internal, context));
+            }
+            made => made.during(|| format!("cannot make {}", path.display()))?,
+        }
+        let dir = images
+            .dir(id.as_str())
+            .during(|| format!("cannot open {}", path.display()))
+            .inspect_err(|_| drop(images.remove_dir(id.as_str())))?;
+        match Self::fill(&store, &images, &dir) {
+            Ok((claim, object)) => {
+                let open = Open { images, dir, object, parts: Mutex::default(), _claim: claim };
+                let stage = Arc::new(RwLock::new(Stage::Open(Box::new(open))));
+                Ok(Self { store, id, stage })
+            }
+            Err(error) => {
+                if let Err(left) = removal::clear(&images, &dir, id.as_str()) {
+                    tracing::warn!(%id, error = ?left, "an upload that did not begin left files");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn fill(store: &Store, images: &Dir, dir: &Dir) -> Result<(Claim, ObjectFile)> {
+        let path = dir.path().display();
+        let claimed =
+            Claim::take(dir, &store.owner).during(|| format!("cannot make {path}/{CLAIM}"))?;
+        let Claimed::Taken(claim) = claimed else {
+            let context = format!("someone else claimed {path} as soon as it was made");
+            return Err(Error::new(Reason::Internal, context));
+        };
+        // The claim is durable in its directory; now the directory in its own.
+        images.sync().during(|| format!("cannot make {path} durable"))?;
+        let object =
+            ObjectFile::create(dir, OBJECT).during(|| format!("cannot make {path}/{OBJECT}"))?;
+        Ok((claim, object))
+    }
+}
+
+impl Upload for DirectoryUpload {
+    fn put(&self, part: Part) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let threads = &self.store.threads;
+            let stage = threads.within(BYTES, Arc::clone(&self.stage).read_owned()).await?;
+            let (store, id) = (Arc::clone(&self.store), self.id.clone());
+            threads.run(BYTES, move || stage.open(&id)?.put(&store, &id, &part)).await
+        })
+    }
+
+    fn seal<'a>(&'a self, sealed: &'a Sealed) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let threads = &self.store.threads;
+            let stage = threads.within(BYTES, Arc::clone(&self.stage).write_owned()).await?;
+            let (store, id, sealed) = (Arc::clone(&self.store), self.id.clone(), sealed.clone());
+            // When the caller stops waiting the image must not appear later.
+            let abandoned = CancellationToken::new();
+            let _waiting = abandoned.clone().drop_guard();
+            let seal = move || {
+                stage.open(&id)?.seal(&store, &id, &sealed, &abandoned)?;
+                Ok(stage)
+            };
+            let mut stage = threads.run(BYTES, seal).await?;
+            *stage = Stage::Sealed;
+            Ok(())
+        })
+    }
+
+    fn abort(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let threads = &self.store.threads;
+            let mut stage = threads.within(BYTES, Arc::clone(&self.stage).write_owned()).await?;
+            let id = self.id.clone();
+            let abort = move || {
+                match &*stage {
+                    Stage::Aborted => {}
+                    Stage::Sealed => {
+                        let context = format!("the upload of image {id} was sealed before");
+                        return Err(Error::new(Reason::Internal, context));
+                    }
+                    Stage::Open(open) => removal::clear(&open.images, &open.dir, id.as_str())?,
+                }
+                *stage = Stage::Aborted;
+                Ok(())
+            };
+            threads.run(BYTES, abort).await
+        })
+    }
+}
+
+impl Stage {
+    fn open(&self, id: &ImageId) -> Result<&Open> {
+        let over = match self {
+            Self::Open(open) => return Ok(open),
+            Self::Sealed => "sealed",
+            Self::Aborted => "aborted",
+        };
+        let context = format!("the upload of image {id} was {over} before");
+        Err(Error::new(Reason::Internal, context))
+    }
+}
+
+impl Open {
+    fn put(&self, store: &Store, id: &ImageId, part: &Part) -> Result<()> {
+        let (number, bytes) = (part.number, part.bytes());
+        let path = self.dir.path_of(OBJECT);
+        let size = ByteSize(bytes.len() as u64);
+        let context = || format!("cannot write part {number} of {}", path.display());
+        // A filesystem that went away, or an object that was removed, would
+        // take the bytes without a word.
+        store.root.images()?;
+        self.object.len().during(context)?;
+        let free = self.object.room().during(context)?.free;
+        if free.get().saturating_sub(size.get()) < store.min_free.get() {
+            return Err(store.full(free, format!("part {number} of image {id} needs {size}")));
+        }
+        self.object.write(bytes, part.offset).during(context)?;
+        let written =
+            Written { offset: part.offset, part: StoredPart { size, sha256: part.sha256 } };
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner).insert(number, written);
+        Ok(())
+    }
+
+    /// Every step is durable before the next; the manifest's name is last.
+    fn seal(
+        &self,
+        store: &Store,
+        id: &ImageId,
+        sealed: &Sealed,
+        abandoned: &CancellationToken,
+    ) -> Result<()> {
+        let path = self.dir.path().display();
+        store.root.images()?;
+        let len = self.object.len().during(|| format!("cannot measure {path}/{OBJECT}"))?;
+        self.check(id, sealed, len).map_err(|why| {
+            Error::new(Reason::Internal, format!("image {id} is not whole: {why}"))
+        })?;
+        let record = json(id, &sealed.record)?;
+        let manifest = json(id, &sealed.manifest)?;
+
+        self.object.sync().during(|| format!("cannot make {path}/{OBJECT} durable"))?;
+        for (name, bytes) in [(EXTENTS, &sealed.extent_digests), (RECORD, &record)] {
+            self.dir.publish(name, bytes).during(|| format!("cannot write {path}/{name}"))?;
+        }
+        let context = || format!("cannot write {path}/{MANIFEST}");
+        self.dir.prepare(MANIFEST, &manifest).during(context)?;
+        if abandoned.is_cancelled() {
+            let context = format!("nobody waits for image {id} any more");
+            return Err(Error::new(Reason::Canceled, context));
+        }
+        if let Err(cause) = self.dir.reveal(MANIFEST) {
+            let hidden = self.dir.remove(MANIFEST).and_then(|_| self.dir.sync());
+            if let Err(left) = hidden {
+                tracing::warn!(%id, %left, "a manifest that is not durable may be seen");
+            }
+            return Err(cause).during(context);
+        }
+        // The image exists now; a claim that stays is swept.
+        if let Err(left) = self.dir.remove(CLAIM) {
+            tracing::warn!(%id, %left, "the claim of a sealed image stays");
+        }
+        Ok(())
+    }
+
+    /// Whether what was put is what the manifest says; if not, why.
+    fn check(&self, id: &ImageId, sealed: &Sealed, len: u64) -> Result<(), String> {
+        let manifest = &sealed.manifest;
+        let stored = &manifest.stored;
+        if manifest.id != *id {
+            return Err(format!("its manifest is of {}", manifest.id));
+        }
+        let written = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut offset = 0;
+        for (number, part) in (1..).zip(&stored.parts) {
+            match written.get(&number) {
+                None => return Err(format!("part {number} was not stored")),
+                Some(there) if there.offset != offset || there.part != *part => {
+                    return Err(format!("part {number} is not the one in the manifest"));
+                }
+                Some(_) => offset += part.size.get(),
+            }
+        }
+        if written.len() != stored.parts.len() {
+            return Err(format!(
+                "{} parts were stored and its manifest has {}",
+                written.len(),
+                stored.parts.len()
+            ));
+        }
+        if [offset, len].iter().any(|bytes| *bytes != stored.object_size.get()) {
+            return Err(format!(
+                "its parts have {offset} bytes, its object {len}, and its manifest says {}",
+                stored.object_size.get()
+            ));
+        }
+        let extents = stored.virtual_size.get().div_ceil(EXTENT_SIZE);
+        if sealed.extent_digests.len() as u64 != extents * super::DIGEST_SIZE {
+            let digests = sealed.extent_digests.len();
+            return Err(format!("{digests} bytes of digests are not those of {extents} extents"));
+        }
+        Ok(())
+    }
+}
+
+fn json(id: &ImageId, document: &impl serde::Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec_pretty(document)
+        .context(Reason::Internal, || format!("cannot write a document of image {id} as JSON"))
+}
+
+impl fmt::Debug for DirectoryUpload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DirectoryUpload({} into {})", self.id, self.store.root.path().display())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::tests::{Bench, id, parts, sealed},
+        *,
+    };
+
+    #[tokio::test]
+    async fn an_abandoned_seal_shows_nothing() {
+        let bench = Bench::new();
+        let store = bench.store().await.store;
+        let upload = DirectoryUpload::begin(Arc::clone(&store), id(1)).unwrap();
+        let sealed = sealed(&id(1), &parts(&[100]));
+        upload.put(parts(&[100]).remove(0)).await.unwrap();
+        let stage = upload.stage.read().await;
+        let open = stage.open(&id(1)).unwrap();
+        let abandoned = CancellationToken::new();
+        abandoned.cancel();
+        let error = open.seal(&store, &id(1), &sealed, &abandoned).unwrap_err();
+        assert_eq!(error.reason(), Reason::Canceled);
+        assert!(!open.dir.has(MANIFEST).unwrap());
+    }
+}

@@ -1,0 +1,7 @@
+//! Where images are kept: adapters of [`crate::port::ObjectStore`].
+//!
+//! The form of a directory store is written down in `docs/store-format.md`.
+
+mod directory;
+
+pub use directory::DirectoryStore;
