@@ -9,6 +9,7 @@
 //! `hypervisor` and `journal` touch the world behind the traits of `port`;
 //! `daemon` wires them. Who may import whom is held by `tests/it/imports.rs`.
 
+pub mod block;
 pub mod error;
 pub mod model;
 pub mod pb;
