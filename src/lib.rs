@@ -12,6 +12,7 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("imaged runs on 64-bit Linux: sizes are converted between u64 and usize freely");
 
+pub mod block;
 pub mod catalogue;
 pub mod config;
 pub mod ctl;
