@@ -12,14 +12,20 @@
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("imaged runs on 64-bit Linux: sizes are converted between u64 and usize freely");
 
+pub mod block;
 pub mod catalogue;
+pub mod config;
 pub mod ctl;
+pub mod daemon;
 pub mod encode;
 pub mod error;
 pub mod format;
+pub mod hypervisor;
+pub mod journal;
 pub mod model;
 pub mod pb;
 pub mod port;
+pub mod rpc;
 pub mod store;
 pub mod sys;
 pub mod work;

@@ -107,6 +107,13 @@ id!(
     CompartmentId
 );
 
+impl Default for CompartmentId {
+    /// `default`: where things are that nobody placed.
+    fn default() -> Self {
+        Self("default".into())
+    }
+}
+
 impl ImageId {
     /// A new one: sorts by `now`, unique by 80 random bits.
     #[must_use]

@@ -3,4 +3,9 @@
 #![allow(unsafe_code)]
 
 pub mod aligned;
+pub mod ioctl;
+pub mod peer;
+pub mod ring;
 pub mod sched;
+pub mod slab;
+pub mod stat;

@@ -4,11 +4,13 @@
 //! ignored by a bare `cargo test` and run by `make test`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod api;
 mod imports;
 #[path = "../lab/lab.rs"]
 mod lab;
 
 mod image;
 mod lifecycle;
+mod service;
 mod sources;
 mod stores;

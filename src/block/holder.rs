@@ -1,0 +1,456 @@
+//! Who holds a volume: what the kernel says in `/proc` and `/sys`.
+//!
+//! The forms of the files are those of proc(5), `Documentation/ABI/` and
+//! `Documentation/block/` in the kernel's source.
+
+use std::{
+    ffi::OsString,
+    fmt, fs, io,
+    os::unix::ffi::OsStringExt,
+    path::{Path, PathBuf},
+    process,
+};
+
+use nix::sys::stat::{major, makedev, minor};
+
+use super::procfs::{self, Access};
+use crate::sys::stat::{Identity, identity};
+
+/// What holds a volume. `Display` ends the sentence "the volume is …".
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Holder {
+    /// A filesystem on it, or on one of its partitions.
+    Mounted { at: PathBuf },
+    /// Swap space.
+    Swap,
+    /// A device made of it: device-mapper, MD, bcache.
+    Stacked { device: String, name: Option<String> },
+    /// A loop device over the file.
+    Loop { device: String },
+    /// A program.
+    Process { name: String, pid: u32, access: Access },
+    /// QEMU's locks, by a program that cannot be seen.
+    Locked,
+    /// O_EXCL, by what cannot be seen.
+    Claimed,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Mounted { at } => write!(f, "mounted at {}", at.display()),
+            Self::Swap => f.write_str("used as swap"),
+            Self::Stacked { device, name: None } => write!(f, "held by {device}"),
+            Self::Stacked { device, name: Some(name) } => write!(f, "held by {device} ({name})"),
+            Self::Loop { device } => write!(f, "attached to /dev/{device}"),
+            Self::Process { name, pid, access: Access::Write } => {
+                write!(f, "open for writing by {name} (pid {pid})")
+            }
+            Self::Process { name, pid, access: Access::Read } => {
+                write!(f, "open in {name} (pid {pid})")
+            }
+            Self::Locked => f.write_str("locked by a QEMU that this host does not show"),
+            Self::Claimed => f.write_str(
+                "claimed by the kernel or by a program in another namespace (O_EXCL is refused)",
+            ),
+        }
+    }
+}
+
+impl Holder {
+    /// How to make it let go.
+    pub(super) fn advice(&self) -> String {
+        match self {
+            Self::Mounted { at } => format!("run: umount {}", at.display()),
+            Self::Swap => "run swapoff on it".into(),
+            Self::Stacked { device, name } => {
+                let device = name.as_ref().unwrap_or(device);
+                format!("image {device} instead, or deactivate it")
+            }
+            Self::Loop { device } => {
+                format!("image /dev/{device} instead, or run: losetup --detach /dev/{device}")
+            }
+            Self::Process { name, pid, .. } => {
+                format!("shut the instance down or end {name} (pid {pid})")
+            }
+            Self::Locked | Self::Claimed => "stop what uses it, in its container or host".into(),
+        }
+    }
+}
+
+/// Which programs count.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Openers {
+    /// Those that can write.
+    Writers,
+    /// All.
+    Everyone,
+}
+
+/// Everything that is the volume, wholly or in part.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Subject {
+    /// The volume's own device.
+    own: Option<u64>,
+    /// Its device, that device's partitions, and the disk that it is a
+    /// partition of.
+    devices: Vec<u64>,
+    /// Its file, or the file under its loop device, as (filesystem, inode).
+    files: Vec<(u64, u64)>,
+}
+
+impl Subject {
+    fn has(&self, found: Identity) -> bool {
+        match found {
+            Identity::BlockDevice(number) => self.devices.contains(&number),
+            Identity::File { device, inode } => self.files.contains(&(device, inode)),
+        }
+    }
+
+    fn is_at(&self, path: &Path) -> bool {
+        path.is_absolute() && identity(path).is_ok_and(|found| self.has(found))
+    }
+}
+
+/// Where the kernel says what it knows.
+#[derive(Debug, Clone)]
+pub(super) struct Host {
+    proc: PathBuf,
+    sys: PathBuf,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Self { proc: "/proc".into(), sys: "/sys".into() }
+    }
+}
+
+impl Host {
+    /// sysfs's directory of a block device.
+    pub(super) fn device_dir(&self, number: u64) -> PathBuf {
+        self.sys.join(format!("dev/block/{}:{}", major(number), minor(number)))
+    }
+
+    /// What belongs to a volume.
+    ///
+    /// # Errors
+    ///
+    /// sysfs cannot be read.
+    pub(super) fn subject(&self, volume: Identity) -> io::Result<Subject> {
+        let number = match volume {
+            Identity::File { device, inode } => {
+                return Ok(Subject { files: vec![(device, inode)], ..Subject::default() });
+            }
+            Identity::BlockDevice(number) => number,
+        };
+        let mut subject = Subject { own: Some(number), devices: vec![number], files: Vec::new() };
+        let directory = fs::canonicalize(self.device_dir(number))?;
+        for entry in fs::read_dir(&directory)? {
+            let partition = entry?.path();
+            if partition.join("partition").exists() {
+                subject.devices.extend(read_number(&partition.join("dev")));
+            }
+        }
+        if directory.join("partition").exists() {
+            let disk = directory.parent().and_then(|disk| read_number(&disk.join("dev")));
+            subject.devices.extend(disk);
+        }
+        for &device in &subject.devices {
+            if let Some(path) = self.backing_file(device)
+                && let Ok(Identity::File { device, inode }) = identity(&path)
+            {
+                subject.files.push((device, inode));
+            }
+        }
+        Ok(subject)
+    }
+
+    /// The file under the loop device `number`, if it is one.
+    pub(super) fn backing_file(&self, number: u64) -> Option<PathBuf> {
+        read_path(&self.device_dir(number).join("loop/backing_file"))
+    }
+
+    /// What holds `subject`, the most telling first.
+    ///
+    /// # Errors
+    ///
+    /// `/proc` or `/sys` cannot be read: then nobody can say that it is free.
+    pub(super) fn holder(&self, subject: &Subject, openers: Openers) -> io::Result<Option<Holder>> {
+        if let Some(at) = self.mount_point(subject)? {
+            return Ok(Some(Holder::Mounted { at }));
+        }
+        if self.is_swap(subject)? {
+            return Ok(Some(Holder::Swap));
+        }
+        if let Some(holder) = self.stacked(subject)? {
+            return Ok(Some(holder));
+        }
+        if let Some(holder) = self.other_loop(subject)? {
+            return Ok(Some(holder));
+        }
+        self.opener(subject, openers)
+    }
+
+    fn mount_point(&self, subject: &Subject) -> io::Result<Option<PathBuf>> {
+        // A service may have a mount namespace of its own; the first process
+        // has the host's.
+        let own = fs::read(self.proc.join("self/mountinfo"))?;
+        let host = fs::read(self.proc.join("1/mountinfo")).unwrap_or_default();
+        let mounts = procfs::mounts(&own).chain(procfs::mounts(&host));
+        for mount in mounts {
+            // btrfs shows a number of its own and the device as the source.
+            let (major, minor) = mount.device;
+            let number = makedev(major, minor);
+            if subject.devices.contains(&number) || subject.is_at(&mount.source) {
+                return Ok(Some(mount.point));
+            }
+        }
+        Ok(None)
+    }
+
+    fn is_swap(&self, subject: &Subject) -> io::Result<bool> {
+        let swaps = match fs::read(self.proc.join("swaps")) {
+            Ok(swaps) => swaps,
+            // A kernel without swap.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => return Err(error),
+        };
+        Ok(procfs::swaps(&swaps).any(|path| subject.is_at(&path)))
+    }
+
+    fn stacked(&self, subject: &Subject) -> io::Result<Option<Holder>> {
+        for &number in &subject.devices {
+            let holders = names(&self.device_dir(number).join("holders"))?;
+            if let Some(device) = holders.into_iter().next() {
+                let name = read_line(&self.sys.join("block").join(&device).join("dm/name"));
+                return Ok(Some(Holder::Stacked { device, name }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A loop device over the same file, which can write to it.
+    fn other_loop(&self, subject: &Subject) -> io::Result<Option<Holder>> {
+        if subject.files.is_empty() {
+            return Ok(None);
+        }
+        for device in names(&self.sys.join("block"))? {
+            let directory = self.sys.join("block").join(&device);
+            let Some(path) = read_path(&directory.join("loop/backing_file")) else { continue };
+            let number = read_number(&directory.join("dev"));
+            let read_only = read_line(&directory.join("ro")).is_some_and(|ro| ro == "1");
+            let same = number.is_some_and(|number| subject.devices.contains(&number));
+            if !same && !read_only && subject.is_at(&path) {
+                return Ok(Some(Holder::Loop { device }));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A program other than this that has the subject open.
+    fn opener(&self, subject: &Subject, openers: Openers) -> io::Result<Option<Holder>> {
+        for pid in names(&self.proc)?.iter().filter_map(|name| name.parse::<u32>().ok()) {
+            if pid == process::id() {
+                continue;
+            }
+            let process = self.proc.join(pid.to_string());
+            // Processes and descriptors go while one looks.
+            for descriptor in names(&process.join("fd")).unwrap_or_default() {
+                let path = process.join("fd").join(&descriptor);
+                if !identity(&path).is_ok_and(|found| subject.has(found)) {
+                    continue;
+                }
+                let info = fs::read(process.join("fdinfo").join(&descriptor)).unwrap_or_default();
+                let Some(access) = procfs::access(&info) else { continue };
+                if access == Access::Write || openers == Openers::Everyone {
+                    let name = read_line(&process.join("comm")).unwrap_or_else(|| "?".into());
+                    return Ok(Some(Holder::Process { name, pid, access }));
+                }
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// Names in a directory, sorted; none when it is not there.
+fn names(directory: &Path) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    match fs::read_dir(directory) {
+        Ok(entries) => {
+            for entry in entries {
+                names.push(entry?.file_name().to_string_lossy().into_owned());
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
+fn read_line(path: &Path) -> Option<String> {
+    Some(String::from_utf8_lossy(&fs::read(path).ok()?).trim_end_matches('\n').to_owned())
+}
+
+fn read_path(path: &Path) -> Option<PathBuf> {
+    let mut bytes = fs::read(path).ok()?;
+    if bytes.last() == Some(&b'\n') {
+        bytes.pop();
+    }
+    Some(PathBuf::from(OsString::from_vec(bytes)))
+}
+
+/// A device number as sysfs writes it: `8:1`.
+fn read_number(path: &Path) -> Option<u64> {
+    let line = read_line(path)?;
+    let (major, minor) = line.split_once(':')?;
+    Some(makedev(major.parse().ok()?, minor.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        os::unix::fs::{MetadataExt, symlink},
+        process::{Command, Stdio},
+    };
+
+    use super::*;
+
+    /// A kernel with a disk 8:0 in two partitions and a volume group on the
+    /// second.
+    struct Kernel {
+        root: tempfile::TempDir,
+        host: Host,
+    }
+
+    impl Kernel {
+        fn new() -> Self {
+            let root = tempfile::tempdir().unwrap();
+            let host = Host { proc: root.path().join("proc"), sys: root.path().join("sys") };
+            let kernel = Self { root, host };
+            kernel.write("proc/self/mountinfo", "");
+            kernel.write("proc/swaps", "Filename\n");
+            for (name, number, partition) in [
+                ("sda", "8:0", None),
+                ("sda/sda1", "8:1", Some("1")),
+                ("sda/sda2", "8:2", Some("2")),
+            ] {
+                kernel.write(&format!("sys/devices/{name}/dev"), &format!("{number}\n"));
+                fs::create_dir_all(kernel.root.path().join(format!("sys/devices/{name}/holders")))
+                    .unwrap();
+                if let Some(partition) = partition {
+                    kernel.write(&format!("sys/devices/{name}/partition"), partition);
+                }
+                fs::create_dir_all(kernel.root.path().join("sys/dev/block")).unwrap();
+                symlink(
+                    format!("../../devices/{name}"),
+                    kernel.root.path().join("sys/dev/block").join(number),
+                )
+                .unwrap();
+            }
+            kernel
+        }
+
+        fn write(&self, path: &str, text: &str) {
+            let path = self.root.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+
+        fn holder(&self, minor: u64) -> Option<String> {
+            let subject = self.host.subject(Identity::BlockDevice(makedev(8, minor))).unwrap();
+            let holder = self.host.holder(&subject, Openers::Writers).unwrap();
+            holder.map(|holder| format!("{holder}; {}", holder.advice()))
+        }
+    }
+
+    #[test]
+    fn a_disk_includes_its_partitions_and_a_partition_its_disk() {
+        let kernel = Kernel::new();
+        let devices = |minor| {
+            let mut devices =
+                kernel.host.subject(Identity::BlockDevice(makedev(8, minor))).unwrap().devices;
+            devices.sort_unstable();
+            devices
+        };
+        assert_eq!(devices(0), [makedev(8, 0), makedev(8, 1), makedev(8, 2)]);
+        assert_eq!(devices(1), [makedev(8, 0), makedev(8, 1)]);
+        assert_eq!(kernel.holder(0), None);
+    }
+
+    #[test]
+    fn a_device_of_the_kernel_is_named_with_its_volume() {
+        let kernel = Kernel::new();
+        kernel.write("sys/devices/sda/sda2/holders/dm-3/x", "");
+        assert_eq!(kernel.holder(0).unwrap(), "held by dm-3; image dm-3 instead, or deactivate it");
+        kernel.write("sys/block/dm-3/dm/name", "vg-root\n");
+        insta::assert_snapshot!(kernel.holder(0).unwrap(), @"held by dm-3 (vg-root); image vg-root instead, or deactivate it");
+        assert_eq!(kernel.holder(1), None, "the neighbour of a held partition is free");
+        kernel.write("sys/devices/sda/holders/dm-0/x", "");
+        assert_eq!(kernel.holder(1).unwrap(), "held by dm-0; image dm-0 instead, or deactivate it");
+    }
+
+    #[test]
+    fn a_mount_is_found_by_number_in_either_namespace() {
+        let kernel = Kernel::new();
+        kernel.write("proc/1/mountinfo", "22 1 8:2 / /srv/a\\040b rw - ext4 /dev/sda2 rw\n");
+        insta::assert_snapshot!(kernel.holder(2).unwrap(), @"mounted at /srv/a b; run: umount /srv/a b");
+        assert!(kernel.holder(0).is_some());
+        assert_eq!(kernel.holder(1), None);
+    }
+
+    #[test]
+    fn a_file_used_as_swap_or_by_a_loop_device_is_held() {
+        let kernel = Kernel::new();
+        let file = kernel.root.path().join("volume");
+        fs::write(&file, "x").unwrap();
+        let subject = kernel.host.subject(identity(&file).unwrap()).unwrap();
+        let holder = || kernel.host.holder(&subject, Openers::Writers).unwrap();
+        kernel.write("sys/block/loop7/loop/backing_file", &format!("{}\n", file.display()));
+        kernel.write("sys/block/loop7/dev", "7:7\n");
+        kernel.write("sys/block/loop7/ro", "1\n");
+        assert_eq!(holder(), None, "a loop device that cannot write");
+        kernel.write("sys/block/loop7/ro", "0\n");
+        assert_eq!(holder().unwrap().to_string(), "attached to /dev/loop7");
+        kernel.write("proc/swaps", &format!("Filename\n{} file 1 0 -2\n", file.display()));
+        assert_eq!(holder().unwrap(), Holder::Swap);
+    }
+
+    #[test]
+    fn a_kernel_that_tells_nothing_is_an_error() {
+        let kernel = Kernel::new();
+        fs::remove_file(kernel.root.path().join("proc/self/mountinfo")).unwrap();
+        let subject = kernel.host.subject(Identity::BlockDevice(makedev(8, 0))).unwrap();
+        assert!(kernel.host.holder(&subject, Openers::Writers).is_err());
+        assert!(kernel.host.subject(Identity::BlockDevice(makedev(9, 9))).is_err());
+    }
+
+    #[test]
+    fn only_a_program_that_can_write_holds_a_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let metadata = file.as_file().metadata().unwrap();
+        let subject =
+            Subject { files: vec![(metadata.dev(), metadata.ino())], ..Subject::default() };
+        let find = |stdin: Stdio, openers| {
+            let mut sleep = Command::new("sleep").arg("30").stdin(stdin).spawn().unwrap();
+            let holder = Host::default().opener(&subject, openers);
+            let pid = sleep.id();
+            sleep.kill().unwrap();
+            sleep.wait().unwrap();
+            (holder.unwrap(), pid)
+        };
+        let read = || Stdio::from(File::open(file.path()).unwrap());
+        let write = Stdio::from(File::options().append(true).open(file.path()).unwrap());
+
+        assert_eq!(find(read(), Openers::Writers).0, None);
+        let (holder, pid) = find(read(), Openers::Everyone);
+        assert!(holder.unwrap().to_string().ends_with(&format!("(pid {pid})")));
+        let (holder, pid) = find(write, Openers::Writers);
+        let holder = holder.unwrap();
+        assert!(
+            matches!(holder, Holder::Process { pid: found, access: Access::Write, .. } if found == pid)
+        );
+        assert!(holder.to_string().starts_with("open for writing by "));
+    }
+}

@@ -1,0 +1,222 @@
+//! From a path to an open volume.
+//!
+//! The path is looked up once. What it led to is checked through the
+//! descriptor of that look-up and then opened through it, so that nothing can
+//! be put in its place between the check and the use, and nothing but a block
+//! device or a regular file is ever really opened.
+
+use std::{
+    fmt::Write as _,
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::{Component, Path, PathBuf},
+};
+
+use nix::{
+    fcntl::{OFlag, open},
+    sys::stat::{FileStat, Mode, SFlag, fstat},
+};
+
+use crate::{
+    error::{Context, Error, Reason, Result},
+    sys::{
+        aligned::ALIGNMENT,
+        ioctl,
+        stat::{DirectReads, Identity, direct_reads},
+    },
+};
+
+/// Sector size of regular files where the kernel does not tell: a page, which
+/// is a multiple of every filesystem's and disk's on hosts with 4 KiB pages.
+const FILE_SECTOR: u32 = 4096;
+
+/// A path that leads to a volume that may be read.
+#[derive(Debug)]
+pub(super) struct Named {
+    /// `O_PATH`: nothing has been opened yet.
+    found: OwnedFd,
+    /// Where it really is.
+    pub(super) path: PathBuf,
+    pub(super) identity: Identity,
+}
+
+/// How to open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cache {
+    Around,
+    Through,
+}
+
+impl Named {
+    /// Looks `path` up and checks that it is a volume in one of `allowed`.
+    pub(super) fn look_up(path: &Path, allowed: &[PathBuf]) -> Result<Self> {
+        if !path.is_absolute() {
+            return Err(not_allowed(path, allowed));
+        }
+        let found = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
+        let found = match found.map_err(io::Error::from) {
+            Ok(found) => found,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+                ) =>
+            {
+                let sentence = format!("there is no volume {}", path.display());
+                // Whether a path outside exists is nobody's business.
+                let inside = allowed.iter().any(|directory| path.starts_with(directory))
+                    && !path.components().any(|part| part == Component::ParentDir);
+                return Err(if inside {
+                    Error::new(Reason::VolumeNotFound, sentence).field("boot_volume")
+                } else {
+                    not_allowed(path, allowed)
+                });
+            }
+            Err(error) => return Err(unavailable(path, "find").because(error)),
+        };
+        let real = fs::read_link(descriptor(&found))
+            .map_err(|error| unavailable(path, "find").because(error))?;
+        let allowed_now = allowed.iter().filter_map(|directory| fs::canonicalize(directory).ok());
+        if !allowed_now.into_iter().any(|directory| real.starts_with(directory)) {
+            return Err(not_allowed(&real, allowed));
+        }
+        let stat = fstat(&found).map_err(|error| unavailable(&real, "find").because(error))?;
+        let identity = match kind(&stat) {
+            Ok(identity) => identity,
+            Err(what) => {
+                let sentence = format!("{} is {what}, not a volume", real.display());
+                return Err(Error::new(Reason::VolumeUnusable, sentence)
+                    .field("boot_volume")
+                    .advice("name a block device or a file with a raw disk image"));
+            }
+        };
+        Ok(Self { found, path: real, identity })
+    }
+
+    /// Opens it for direct reads; a block device exclusively, so that the
+    /// kernel refuses to mount or stack it meanwhile. `None`: it is claimed
+    /// already.
+    ///
+    /// A regular file on a filesystem without direct reads (tmpfs on older
+    /// kernels) is read through the page cache.
+    pub(super) fn open(self) -> Result<Option<Opened>> {
+        let error = |error| unavailable(&self.path, "open").because(error);
+        let (file, size, sector_size) = match self.identity {
+            Identity::BlockDevice(_) => {
+                let file = match self.reopen(libc::O_DIRECT | libc::O_EXCL) {
+                    Ok(file) => file,
+                    Err(busy) if busy.kind() == io::ErrorKind::ResourceBusy => return Ok(None),
+                    Err(other) => return Err(error(other)),
+                };
+                let size = ioctl::device_size(file.as_fd()).map_err(error)?;
+                let sector_size = ioctl::sector_size(file.as_fd()).map_err(error)?;
+                (file, size, sector_size)
+            }
+            Identity::File { .. } => {
+                let (mut cache, mut sector_size) = (Cache::Around, FILE_SECTOR);
+                let mut file = match self.reopen(libc::O_DIRECT) {
+                    Ok(file) => file,
+                    Err(refused) if refused.kind() == io::ErrorKind::InvalidInput => {
+                        cache = Cache::Through;
+                        self.reopen(0).map_err(error)?
+                    }
+                    Err(other) => return Err(error(other)),
+                };
+                match direct_reads(file.as_fd()).unwrap_or(DirectReads::Unknown) {
+                    DirectReads::Aligned { offset, memory } if memory as usize <= ALIGNMENT => {
+                        sector_size = offset;
+                    }
+                    DirectReads::Unknown => {}
+                    DirectReads::Unsupported | DirectReads::Aligned { .. }
+                        if cache == Cache::Around =>
+                    {
+                        file = self.reopen(0).map_err(error)?;
+                    }
+                    _ => {}
+                }
+                let size = file.metadata().map_err(error)?.len();
+                (file, size, sector_size)
+            }
+        };
+        if size == 0 {
+            let sentence = format!("the volume {} is empty", self.path.display());
+            return Err(Error::new(Reason::VolumeEmpty, sentence).field("boot_volume"));
+        }
+        Ok(Some(Opened { file, size, sector_size }))
+    }
+
+    /// Opens what was found, whatever its path leads to by now.
+    fn reopen(&self, flags: libc::c_int) -> io::Result<File> {
+        File::options().read(true).custom_flags(flags).open(descriptor(&self.found))
+    }
+}
+
+/// An open volume.
+#[derive(Debug)]
+pub(super) struct Opened {
+    pub(super) file: File,
+    /// Bytes, not 0.
+    pub(super) size: u64,
+    /// Bytes.
+    pub(super) sector_size: u32,
+}
+
+/// Opens the regular file at `path` for reading if it is the one that
+/// `identity` says.
+pub(super) fn open_same_file(path: &Path, identity: Identity) -> io::Result<Option<File>> {
+    let found = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC | OFlag::O_NOFOLLOW, Mode::empty())?;
+    let is_file = matches!(identity, Identity::File { .. });
+    if !is_file || kind(&fstat(&found)?) != Ok(identity) {
+        return Ok(None);
+    }
+    File::open(descriptor(&found)).map(Some)
+}
+
+/// A path that leads to what `found` is, without a look-up.
+fn descriptor(found: &OwnedFd) -> PathBuf {
+    format!("/proc/self/fd/{}", found.as_raw_fd()).into()
+}
+
+/// Which volume it is, or what it is instead.
+fn kind(stat: &FileStat) -> Result<Identity, &'static str> {
+    Err(match SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT {
+        SFlag::S_IFBLK => return Ok(Identity::BlockDevice(stat.st_rdev)),
+        SFlag::S_IFREG => {
+            return Ok(Identity::File { device: stat.st_dev, inode: stat.st_ino });
+        }
+        SFlag::S_IFDIR => "a directory",
+        SFlag::S_IFCHR => "a character device",
+        SFlag::S_IFIFO => "a pipe",
+        SFlag::S_IFSOCK => "a socket",
+        _ => "something else",
+    })
+}
+
+fn not_allowed(path: &Path, allowed: &[PathBuf]) -> Error {
+    let mut sentence = format!("{} is in none of the directories of volumes: ", path.display());
+    for (number, directory) in allowed.iter().enumerate() {
+        let separator = if number == 0 { "" } else { ", " };
+        let _ = write!(sentence, "{separator}{}", directory.display());
+    }
+    if allowed.is_empty() {
+        sentence.push_str("there are none");
+    }
+    Error::new(Reason::VolumeNotAllowed, sentence)
+        .field("boot_volume")
+        .advice("add its directory to boot_volume_dirs in the configuration of imaged")
+}
+
+fn unavailable(path: &Path, verb: &str) -> Error {
+    Error::new(Reason::VolumeUnavailable, format!("cannot {verb} the volume {}", path.display()))
+}
+
+/// Makes what was written through caches part of what a direct read returns.
+pub(super) fn flush(file: &File, path: &Path) -> Result<()> {
+    file.sync_data().context(Reason::VolumeUnavailable, || {
+        format!("cannot write the caches of {} back", path.display())
+    })
+}

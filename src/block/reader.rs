@@ -1,0 +1,355 @@
+//! Reads a held volume from one end to the other.
+//!
+//! ```text
+//!          ┌──────────── home: buffers that consumers dropped ◄───────────┐
+//!          ▼                                                              │
+//! plan ► free buffer ► queue (kernel) ► outbox ► pieces (bounded) ► consumer
+//!   └──────── zeroes ─────────────────────┘
+//! ```
+//!
+//! Everything is bounded by the number of buffers: nothing new is planned
+//! while a piece waits in the outbox.
+
+use std::{
+    collections::VecDeque,
+    fs::File,
+    io,
+    iter::Peekable,
+    ops::Range,
+    os::unix::fs::FileExt,
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError},
+    },
+    time::Duration,
+};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    map::{Plan, Step, extents_to_read},
+    queue::{Engine, Queue},
+};
+use crate::{
+    error::{Context, Error, Reason, Result},
+    model::{ByteSize, image::EXTENT_SIZE},
+    port::{Extent, Piece, VolumeFacts},
+    sys::{
+        aligned::AlignedBuf,
+        ring::{Finished, Read, Wait},
+        slab::{Buffer, Slab},
+    },
+};
+
+/// How volumes are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReaderSettings {
+    /// Through what.
+    pub engine: Engine,
+    /// Extents of 1 MiB that are read or wait for their consumer at once, at
+    /// least 1. It is the reader's memory in mebibytes.
+    pub depth: u16,
+}
+
+impl Default for ReaderSettings {
+    /// io_uring, 16 deep: 16 MiB under way keep an NVMe disk or a network
+    /// volume at its limit and are an eighth of the memory that imaged may
+    /// use.
+    fn default() -> Self {
+        Self { engine: Engine::Uring, depth: 16 }
+    }
+}
+
+/// How soon a waiting reader notices that it is to stop.
+const STOP_LATENCY: Duration = Duration::from_millis(100);
+
+/// How soon a waiting reader notices that the consumer took a piece. The
+/// channel tells nobody; a millisecond is short against the reading of the
+/// extents that it then has buffered.
+const ROOM_LATENCY: Duration = Duration::from_millis(1);
+
+/// How often in a row reads may be interrupted or put off before it counts
+/// as an error.
+const PATIENCE: u32 = 1000;
+
+/// Length of an extent as the buffers have it.
+#[allow(clippy::cast_possible_truncation, reason = "1 MiB fits every usize")]
+const EXTENT_LEN: usize = EXTENT_SIZE as usize;
+
+/// Bytes in the larger steps of the search for an unreadable sector: few
+/// enough reads for an extent, and few sectors in each.
+const SEARCH_STEP: usize = 64 << 10;
+
+/// Reads the volume that `facts` describe from `file` into `pieces`, as
+/// [`HeldVolume::read`](crate::port::HeldVolume::read) promises.
+pub(super) fn read(
+    file: &Arc<File>,
+    facts: &VolumeFacts,
+    settings: ReaderSettings,
+    pieces: &SyncSender<Piece>,
+    stop: &CancellationToken,
+) -> Result<()> {
+    let size = facts.size.get();
+    let depth = usize::from(settings.depth.max(1));
+    // A small volume needs no more buffers than extents.
+    let count = extents_to_read(size, &facts.data, depth).max(1);
+    let (slab, free) = Slab::cut(u16::try_from(count).unwrap_or(u16::MAX), EXTENT_LEN);
+    let queue = Queue::new(settings.engine, file, &slab)
+        .context(Reason::ReadFailed, || format!("cannot begin to read {}", facts.path.display()))?;
+    let (home, returned) = mpsc::channel();
+    let reading = Reading {
+        volume: Volume { file, facts },
+        plan: Plan::new(size, &facts.data).peekable(),
+        queue,
+        free,
+        home,
+        returned,
+        outbox: VecDeque::new(),
+        pieces,
+        stop,
+        put_off: 0,
+    };
+    reading.run()
+}
+
+/// What is read.
+#[derive(Clone, Copy)]
+struct Volume<'a> {
+    file: &'a File,
+    facts: &'a VolumeFacts,
+}
+
+/// A reading under way.
+struct Reading<'a> {
+    volume: Volume<'a>,
+    plan: Peekable<Plan<'a>>,
+    queue: Queue,
+    free: Vec<Buffer>,
+    home: Sender<Buffer>,
+    returned: Receiver<Buffer>,
+    /// Pieces that found no room in the channel.
+    outbox: VecDeque<Piece>,
+    pieces: &'a SyncSender<Piece>,
+    stop: &'a CancellationToken,
+    put_off: u32,
+}
+
+impl Reading<'_> {
+    /// Dropping `self`, on every way out, takes back what the kernel holds.
+    fn run(mut self) -> Result<()> {
+        let mut done = Vec::new();
+        loop {
+            if self.stop.is_cancelled() {
+                return Err(self.canceled());
+            }
+            self.deliver()?;
+            self.free.extend(self.returned.try_iter());
+            self.fill()?;
+            match (self.queue.in_flight(), self.outbox.is_empty()) {
+                (0, true) if self.plan.peek().is_none() => return Ok(()),
+                (0, true) => self.wait_for_buffer(STOP_LATENCY),
+                (0, false) => self.wait_for_buffer(ROOM_LATENCY),
+                (_, waiting) => {
+                    let wait = if waiting { Wait::ForOne } else { Wait::No };
+                    self.queue.finished(wait, &mut done).context(Reason::ReadFailed, || {
+                        format!("cannot go on reading {}", self.volume.facts.path.display())
+                    })?;
+                    if done.is_empty() && wait == Wait::No {
+                        self.wait_for_buffer(ROOM_LATENCY);
+                    }
+                    for finished in done.drain(..) {
+                        self.settle(finished)?;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts reads and passes runs of zeroes on, until buffers or room in
+    /// the channel are used up.
+    fn fill(&mut self) -> Result<()> {
+        while self.outbox.is_empty() {
+            match self.plan.peek().copied() {
+                None => break,
+                Some(Step::Zeroes { first, count }) => {
+                    self.outbox.push_back(Piece::Zeroes { first, count });
+                    self.deliver()?;
+                }
+                Some(Step::Read { index }) => {
+                    let Some(buffer) = self.free.pop() else { break };
+                    self.start(buffer, index * EXTENT_SIZE, 0)?;
+                }
+            }
+            self.plan.next();
+        }
+        Ok(())
+    }
+
+    /// Hands pieces over while there is room.
+    fn deliver(&mut self) -> Result<()> {
+        while let Some(piece) = self.outbox.pop_front() {
+            match self.pieces.try_send(piece) {
+                Ok(()) => {}
+                Err(TrySendError::Full(piece)) => {
+                    self.outbox.push_front(piece);
+                    break;
+                }
+                Err(TrySendError::Disconnected(_)) => return Err(self.canceled()),
+            }
+        }
+        Ok(())
+    }
+
+    fn wait_for_buffer(&mut self, at_most: Duration) {
+        match self.returned.recv_timeout(at_most) {
+            Ok(buffer) => self.free.push(buffer),
+            // `self.home` is alive, so the channel is too.
+            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {}
+        }
+    }
+
+    /// Reads the extent at `extent` on from byte `filled`, a multiple of the
+    /// sector size.
+    fn start(&mut self, buffer: Buffer, extent: u64, filled: usize) -> Result<()> {
+        let sector = self.volume.sector();
+        // A file's tail is read with a length that direct I/O accepts; the
+        // kernel returns what there is.
+        let end = self.volume.len(extent).next_multiple_of(sector).min(buffer.len());
+        let read = Read { buffer, offset: extent + filled as u64, range: filled..end };
+        let start = read.offset;
+        self.queue.start(read).context(Reason::ReadFailed, || self.volume.sentence(start, end))
+    }
+
+    /// What to do with a read that came back.
+    fn settle(&mut self, (read, result): Finished) -> Result<()> {
+        let extent = read.offset - read.range.start as u64;
+        let wanted = self.volume.len(extent);
+        let came = match result {
+            Ok(came) => came,
+            Err(error) if puts_off(&error) && self.put_off < PATIENCE => {
+                self.put_off += 1;
+                return self.start(read.buffer, extent, read.range.start);
+            }
+            Err(error) => return Err(self.unreadable(extent, error)),
+        };
+        self.put_off = 0;
+        let filled = read.range.start + came;
+        if filled >= wanted {
+            let lent = Lent { buffer: Some(read.buffer), len: wanted, home: self.home.clone() };
+            let index = extent / EXTENT_SIZE;
+            self.outbox.push_back(Piece::Data(Extent { index, bytes: Box::new(lent) }));
+            return self.deliver();
+        }
+        // Direct reads go on at a sector's start only. When that is no
+        // progress, there is nothing more to come.
+        let again = filled - filled % self.volume.sector();
+        if again > read.range.start {
+            return self.start(read.buffer, extent, again);
+        }
+        let path = self.volume.facts.path.display();
+        let end = extent + filled as u64;
+        Err(Error::new(
+            Reason::ReadFailed,
+            format!("{path} ends at {end}, before its size of {}", self.volume.facts.size.get()),
+        )
+        .advice("it was truncated while it was read: find out by what, then ask again"))
+    }
+
+    /// Takes everything back, then names the first place that cannot be read.
+    fn unreadable(&mut self, extent: u64, cause: io::Error) -> Error {
+        let mut worst = (extent, cause);
+        let mut done = Vec::new();
+        while self.queue.in_flight() > 0 {
+            if self.queue.finished(Wait::ForOne, &mut done).is_err() {
+                break;
+            }
+            for (read, result) in done.drain(..) {
+                let extent = read.offset - read.range.start as u64;
+                match result {
+                    Err(error) if extent < worst.0 && !puts_off(&error) => worst = (extent, error),
+                    _ => {}
+                }
+            }
+        }
+        let (extent, cause) = worst;
+        let len = self.volume.len(extent);
+        let found = self.volume.first_unreadable(extent..extent + len as u64);
+        let (place, cause) = found.unwrap_or((extent..extent + len as u64, cause));
+        let len = usize::try_from(place.end - place.start).unwrap_or(len);
+        Error::new(Reason::ReadFailed, self.volume.sentence(place.start, len))
+            .because(cause)
+            .advice("the volume's device is failing: look into the kernel's log")
+    }
+
+    fn canceled(&self) -> Error {
+        let path = self.volume.facts.path.display();
+        Error::new(Reason::Canceled, format!("the reading of {path} was stopped"))
+    }
+}
+
+impl Volume<'_> {
+    /// Bytes of the extent at offset `extent`.
+    fn len(self, extent: u64) -> usize {
+        let rest = self.facts.size.get().saturating_sub(extent);
+        usize::try_from(rest).map_or(EXTENT_LEN, |rest| rest.min(EXTENT_LEN))
+    }
+
+    fn sector(self) -> usize {
+        usize::try_from(self.facts.sector_size).unwrap_or(EXTENT_LEN).clamp(1, EXTENT_LEN)
+    }
+
+    fn sentence(self, offset: u64, len: usize) -> String {
+        let (len, path) = (ByteSize(len as u64), self.facts.path.display());
+        format!("cannot read {len} at offset {offset} of {path}")
+    }
+
+    /// The first sector in `place` that cannot be read, and why. `None` when
+    /// everything can be read now.
+    fn first_unreadable(self, place: Range<u64>) -> Option<(Range<u64>, io::Error)> {
+        let mut place = place;
+        let mut found = None;
+        for step in [SEARCH_STEP.max(self.sector()), self.sector()] {
+            let mut buffer = AlignedBuf::zeroed(step);
+            let bad = place.clone().step_by(step).find_map(|offset| {
+                match self.file.read_at(&mut buffer[..step], offset) {
+                    Err(error) if !puts_off(&error) => Some((offset, error)),
+                    _ => None,
+                }
+            });
+            // What can be read in sectors could not in one piece: the larger
+            // place stands.
+            let Some((offset, error)) = bad else { break };
+            place = offset..place.end.min(offset + step as u64);
+            found = Some((place.clone(), error));
+        }
+        found
+    }
+}
+
+/// Whether the same read is to be asked for again.
+fn puts_off(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock)
+}
+
+/// A buffer on its way through the consumer; dropping it sends it home.
+struct Lent {
+    /// `None` only while it is dropped.
+    buffer: Option<Buffer>,
+    len: usize,
+    home: Sender<Buffer>,
+}
+
+impl AsRef<[u8]> for Lent {
+    fn as_ref(&self) -> &[u8] {
+        self.buffer.as_deref().and_then(|bytes| bytes.get(..self.len)).unwrap_or_default()
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let Some(buffer) = self.buffer.take() {
+            // The reader may be done: then this was the buffer's last owner.
+            let _ = self.home.send(buffer);
+        }
+    }
+}

@@ -1,0 +1,361 @@
+//! The configuration: `/etc/imaged/imaged.toml`, and one file for each
+//! instance (see [`instances`]).
+//!
+//! Unknown keys are refused, and every error names file, line and key, so
+//! that a misspelt limit is never silently the default. No secret belongs
+//! into any of these files.
+
+pub mod instances;
+mod size;
+mod source;
+mod values;
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    num::{NonZeroU16, NonZeroUsize},
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+
+pub use self::values::EncodeThreads;
+use self::{
+    source::Source,
+    values::{absolute, absolute_paths, read_depth, size},
+};
+use crate::{
+    error::{Context, Reason, Result},
+    model::{ByteSize, CompartmentId},
+};
+
+/// Read where no other file is named.
+pub const DEFAULT_PATH: &str = "/etc/imaged/imaged.toml";
+
+/// Group of the socket where the configuration names none.
+pub const DEFAULT_GROUP: &str = "imaged";
+
+/// Everything that an operator may set. Every key may be left out.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The Unix socket that the daemon serves. Default:
+    /// `/run/imaged/imaged.sock`, where `imagectl` looks.
+    #[serde(deserialize_with = "absolute")]
+    pub socket: PathBuf,
+    /// Group whose members may call. Default: `imaged` where that group
+    /// exists, otherwise root alone. A group that is named here must exist.
+    pub socket_group: Option<String>,
+    /// What imaged must remember over a restart: the journal, and the images
+    /// of the default store. Default: `/var/lib/imaged`. One daemon per
+    /// directory.
+    #[serde(deserialize_with = "absolute")]
+    pub state_dir: PathBuf,
+    /// Directory of the instances' files. Default:
+    /// `/etc/imaged/instances.d`.
+    #[serde(deserialize_with = "absolute")]
+    pub instances_dir: PathBuf,
+    /// Directories in which a volume must lie, at any depth, to be named
+    /// with `--boot-volume`. Symbolic links are followed first: a logical
+    /// volume lies in `/dev`. Default: none, because whoever may call could
+    /// otherwise read every disk of the host. Boot volumes of instances need
+    /// not lie in them.
+    #[serde(deserialize_with = "absolute_paths")]
+    pub boot_volume_dirs: Vec<PathBuf>,
+    /// Compartment of instances and images that name none. Default:
+    /// `default`.
+    pub default_compartment: CompartmentId,
+    /// Threads that compress and digest: a number, or `"all"` for one for
+    /// each core. Default: an eighth of the cores, at least one, because a
+    /// hypervisor's cores are sold.
+    pub encode_threads: EncodeThreads,
+    /// Reads of a volume that are under way at once, 1 to 256. Default: 16,
+    /// from where on more gain nothing on NVMe disks with 1 MiB reads.
+    #[serde(deserialize_with = "read_depth")]
+    pub read_depth: NonZeroU16,
+    /// Larger volumes are refused. Default: `"400GiB"`.
+    #[serde(deserialize_with = "size")]
+    pub max_volume_size: ByteSize,
+    /// Larger volumes give a warning. Default: `"400GB"` (10^9), the largest
+    /// image that OCI imports.
+    #[serde(deserialize_with = "size")]
+    pub warn_volume_size: ByteSize,
+    /// Work requests that run at once; others wait. Default: 2, which keeps
+    /// a store busy while another volume is opened or sealed.
+    pub max_captures: NonZeroUsize,
+    /// Work requests that may wait; more are refused. Default: 100.
+    pub max_queued: usize,
+    /// Name of the store that images go to. Default: the only store; with
+    /// several it must be given. Never empty after [`parse`].
+    pub default_store: String,
+    /// The stores, by name, as `[stores.NAME]`. Default: one directory store
+    /// `local` at `images` in the state directory.
+    pub stores: BTreeMap<String, StoreConfig>,
+}
+
+/// One store.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreConfig {
+    /// What it is.
+    pub kind: StoreKind,
+    /// Where it is. Required.
+    #[serde(deserialize_with = "absolute")]
+    pub path: PathBuf,
+    /// Room that images must leave. Default: `"1GiB"`, so that a store that
+    /// shares its filesystem with something else never fills it.
+    #[serde(deserialize_with = "size", default = "default_min_free")]
+    pub min_free: ByteSize,
+}
+
+/// Kinds of stores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoreKind {
+    /// A directory of this host.
+    Directory,
+}
+
+const fn default_min_free() -> ByteSize {
+    ByteSize::gib(1)
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            socket: "/run/imaged/imaged.sock".into(),
+            socket_group: None,
+            state_dir: "/var/lib/imaged".into(),
+            instances_dir: "/etc/imaged/instances.d".into(),
+            boot_volume_dirs: Vec::new(),
+            default_compartment: CompartmentId::default(),
+            encode_threads: EncodeThreads::Share,
+            read_depth: values::DEFAULT_READ_DEPTH,
+            max_volume_size: ByteSize::gib(400),
+            warn_volume_size: ByteSize(400_000_000_000),
+            max_captures: values::DEFAULT_CAPTURES,
+            max_queued: 100,
+            default_store: String::new(),
+            stores: BTreeMap::new(),
+        }
+    }
+}
+
+/// Reads the configuration at `path`, or at [`DEFAULT_PATH`], where a missing
+/// file means that everything has its default.
+///
+/// # Errors
+///
+/// `INVALID_CONFIGURATION`, also when a file that was named is missing.
+pub fn load(path: Option<&Path>) -> Result<Config> {
+    let named = path.unwrap_or(Path::new(DEFAULT_PATH));
+    match fs::read_to_string(named) {
+        Ok(text) => parse(&text, named),
+        Err(cause) if path.is_none() && cause.kind() == io::ErrorKind::NotFound => parse("", named),
+        Err(cause) => Err(cause).context(Reason::InvalidConfiguration, || {
+            format!("the configuration file {} cannot be read", named.display())
+        }),
+    }
+}
+
+/// The configuration that `text` describes; `origin` is named in errors.
+///
+/// # Errors
+///
+/// `INVALID_CONFIGURATION`, naming file, line and key.
+pub fn parse(text: &str, origin: &Path) -> Result<Config> {
+    let source = Source { text, origin };
+    let mut config: Config = source.deserialize()?;
+    if config.stores.is_empty() {
+        let local = StoreConfig {
+            kind: StoreKind::Directory,
+            path: config.state_dir.join("images"),
+            min_free: default_min_free(),
+        };
+        config.stores.insert("local".into(), local);
+    }
+    config.default_store = default_store(&config, &source)?;
+    for name in config.stores.keys() {
+        // Store names appear in manifests and on command lines.
+        if let Err(cause) = name.parse::<CompartmentId>() {
+            return Err(source.refuse(&["stores", name], format!("not a name: {cause}")));
+        }
+    }
+    if config.warn_volume_size > config.max_volume_size {
+        let limit = config.max_volume_size;
+        let message = format!("larger than max_volume_size ({limit:#}), so it would never warn");
+        // Whoever lowers the limit alone need not think of the warning.
+        if source.has(&["warn_volume_size"]) {
+            return Err(source.refuse(&["warn_volume_size"], message));
+        }
+        config.warn_volume_size = limit;
+    }
+    Ok(config)
+}
+
+fn default_store(config: &Config, source: &Source<'_>) -> Result<String> {
+    let known = || config.stores.keys().cloned().collect::<Vec<_>>().join(", ");
+    if config.stores.contains_key(&config.default_store) {
+        return Ok(config.default_store.clone());
+    }
+    if source.has(&["default_store"]) {
+        let message = format!("there is no store {:?}, only {}", config.default_store, known());
+        return Err(source.refuse(&["default_store"], message));
+    }
+    let mut names = config.stores.keys();
+    match (names.next(), names.next()) {
+        (Some(only), None) => Ok(only.clone()),
+        _ => {
+            let message = format!("missing key \"default_store\": there are {}", known());
+            Err(source.refuse(&["stores"], message))
+        }
+    }
+}
+
+impl Config {
+    /// Threads that encode on a host of `cores` cores.
+    #[must_use]
+    pub fn encode_threads(&self, cores: NonZeroUsize) -> NonZeroUsize {
+        /// The part of the cores that imaged takes unasked.
+        const SHARE: usize = 8;
+        match self.encode_threads {
+            EncodeThreads::Share => {
+                NonZeroUsize::new(cores.get() / SHARE).unwrap_or(NonZeroUsize::MIN)
+            }
+            EncodeThreads::All => cores,
+            EncodeThreads::Count(count) => count,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(text: &str) -> String {
+        parse(text, Path::new("/etc/imaged/imaged.toml")).unwrap_err().report()
+    }
+
+    #[test]
+    fn nothing_set_means_the_documented_defaults() {
+        let config = parse("", Path::new("x")).unwrap();
+        assert_eq!(config.default_store, "local");
+        assert_eq!(config.stores["local"].path, Path::new("/var/lib/imaged/images"));
+        assert_eq!(config.stores["local"].min_free, ByteSize::gib(1));
+        assert_eq!(config.max_volume_size, ByteSize::gib(400));
+        assert_eq!(config.warn_volume_size, ByteSize(400_000_000_000));
+        let threads = |cores| config.encode_threads(NonZeroUsize::new(cores).unwrap()).get();
+        assert_eq!([1, 7, 8, 96].map(threads), [1, 1, 1, 12]);
+    }
+
+    #[test]
+    fn everything_can_be_set() {
+        let config = parse(
+            r#"
+            socket = "/run/x.sock"
+            socket_group = "kvm"
+            state_dir = "/srv/imaged"
+            instances_dir = "/srv/instances"
+            boot_volume_dirs = ["/dev/vg0", "/srv/disks"]
+            default_compartment = "ocid1.compartment.oc1..aaaa"
+            encode_threads = "all"
+            read_depth = 32
+            max_volume_size = "2TiB"
+            warn_volume_size = "1500GB"
+            max_captures = 4
+            max_queued = 0
+            default_store = "slow"
+            [stores.fast]
+            kind = "directory"
+            path = "/nvme/images"
+            [stores.slow]
+            kind = "directory"
+            path = "/hdd/images"
+            min_free = "0B"
+            "#,
+            Path::new("x"),
+        )
+        .unwrap();
+        assert_eq!(config.encode_threads(NonZeroUsize::new(6).unwrap()).get(), 6);
+        assert_eq!(config.read_depth.get(), 32);
+        assert_eq!(config.max_volume_size, ByteSize::gib(2048));
+        assert_eq!(config.warn_volume_size, ByteSize(1_500_000_000_000));
+        assert_eq!(config.default_store, "slow");
+        assert_eq!(config.stores["slow"].min_free, ByteSize(0));
+        assert_eq!(config.socket_group.as_deref(), Some("kvm"));
+    }
+
+    #[test]
+    fn a_lower_limit_alone_lowers_the_warning_too() {
+        let config = parse("max_volume_size = \"10GiB\"", Path::new("x")).unwrap();
+        assert_eq!(config.warn_volume_size, ByteSize::gib(10));
+    }
+
+    #[test]
+    fn an_unknown_key_names_file_line_and_key() {
+        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `default_store`, `stores`");
+    }
+
+    #[test]
+    fn an_unknown_key_in_a_store() {
+        insta::assert_snapshot!(refused("[stores.a]\nkind = \"directory\"\npaht = \"/a\"\n"), @"/etc/imaged/imaged.toml, line 3: stores.a.paht: unknown key, expected one of `kind`, `path`, `min_free`");
+    }
+
+    #[test]
+    fn a_wrong_type() {
+        insta::assert_snapshot!(refused("\nmax_captures = \"two\"\n"), @r#"/etc/imaged/imaged.toml, line 2: max_captures: invalid type: string "two", expected a number from 1 on"#);
+    }
+
+    #[test]
+    fn a_missing_key() {
+        insta::assert_snapshot!(refused("\n[stores.a]\nkind = \"directory\"\n"), @"/etc/imaged/imaged.toml, line 2: stores.a: missing key `path`");
+    }
+
+    #[test]
+    fn bad_values() {
+        let reports = [
+            "max_volume_size = \"400 gigs\"",
+            "max_volume_size = 400",
+            "socket = \"run/imaged.sock\"",
+            "boot_volume_dirs = [\"/dev\", \"disks\"]",
+            "encode_threads = \"some\"",
+            "encode_threads = 0",
+            "read_depth = 257",
+            "max_captures = 0",
+            "default_compartment = \"../etc\"",
+            "[stores.a]\nkind = \"floppy\"\npath = \"/a\"",
+            "max_volume_size = \"1GiB\"\nwarn_volume_size = \"2GiB\"",
+            "[stores.\"a b\"]\nkind = \"directory\"\npath = \"/a\"",
+            "default_store = \"b\"\n[stores.a]\nkind = \"directory\"\npath = \"/a\"",
+            "[stores.a]\nkind = \"directory\"\npath = \"/a\"\n[stores.b]\nkind = \"directory\"\npath = \"/b\"",
+            "socket \"/run/x\"",
+        ]
+        .map(refused);
+        insta::assert_snapshot!(reports.join("\n"), @r#"
+        /etc/imaged/imaged.toml, line 1: max_volume_size: "gigs" is not one of the units B, KB, MB, GB, TB, PB, KiB, MiB, GiB, TiB, PiB
+        /etc/imaged/imaged.toml, line 1: max_volume_size: invalid type: integer `400`, expected a size with its unit, such as "400GiB"
+        /etc/imaged/imaged.toml, line 1: socket: "run/imaged.sock" is not an absolute path
+        /etc/imaged/imaged.toml, line 1: boot_volume_dirs: "disks" is not an absolute path
+        /etc/imaged/imaged.toml, line 1: encode_threads: invalid value: string "some", expected a number of threads from 1 on, or "all"
+        /etc/imaged/imaged.toml, line 1: encode_threads: invalid value: integer `0`, expected a number of threads from 1 on, or "all"
+        /etc/imaged/imaged.toml, line 1: read_depth: 257 is not from 1 to 256
+        /etc/imaged/imaged.toml, line 1: max_captures: invalid value: integer `0`, expected a number from 1 on
+        /etc/imaged/imaged.toml, line 1: default_compartment: it begins with '.'
+        /etc/imaged/imaged.toml, line 2: stores.a.kind: unknown variant `floppy`, expected `directory`
+        /etc/imaged/imaged.toml, line 2: warn_volume_size: larger than max_volume_size (1.00 GiB (1073741824 bytes)), so it would never warn
+        /etc/imaged/imaged.toml, line 1: stores.a b: not a name: ' ' is not among the letters, digits, '.', '-' and '_' that an identifier is made of
+        /etc/imaged/imaged.toml, line 1: default_store: there is no store "b", only a
+        /etc/imaged/imaged.toml, line 1: stores: missing key "default_store": there are a, b
+        /etc/imaged/imaged.toml, line 1: key with no value, expected `=`
+        "#);
+    }
+
+    #[test]
+    fn a_named_file_must_exist() {
+        let report = load(Some(Path::new("/nonexistent/imaged.toml"))).unwrap_err().report();
+        insta::assert_snapshot!(report, @"
+        the configuration file /nonexistent/imaged.toml cannot be read
+          0: No such file or directory (os error 2)
+        ");
+    }
+}

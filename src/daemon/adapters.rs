@@ -1,0 +1,74 @@
+//! The real parts of a host.
+
+use std::{fs, io, sync::Arc};
+
+use super::{Parts, clock::SystemClock};
+use crate::{
+    block::{self, HostVolumes, ReaderSettings},
+    config::{Config, StoreConfig, StoreKind},
+    error::{Context, Reason, Result},
+    hypervisor::QemuHost,
+    model::{host::Feature, instance::Instance},
+    port::ObjectStore,
+    store::DirectoryStore,
+};
+
+/// Names this host for ever, other than its name (machine-id(5)).
+const MACHINE_ID: &str = "/etc/machine-id";
+
+/// Makes the parts of this host. Boot volumes of `instances` may be read
+/// wherever they are.
+///
+/// # Errors
+///
+/// `STORE_UNAVAILABLE` for a store that cannot be opened: a daemon that
+/// starts without its store would show no image at all.
+pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
+    let (engine, io_uring) = engine();
+    let mut allowed = config.boot_volume_dirs;
+    allowed.extend(instances.into_iter().map(|instance| instance.boot_volume));
+    let reader = ReaderSettings { engine, depth: config.read_depth.get() };
+    let host_id = host_id()?;
+    let mut stores: Vec<Arc<dyn ObjectStore>> = Vec::new();
+    for (name, StoreConfig { kind: StoreKind::Directory, path, min_free }) in config.stores {
+        stores.push(Arc::new(DirectoryStore::open(name, &path, min_free, host_id.clone()).await?));
+    }
+    Ok(Parts {
+        clock: Arc::new(SystemClock::new()?),
+        hypervisor: Arc::new(QemuHost::new()),
+        volumes: Arc::new(HostVolumes::new(allowed, reader)),
+        stores,
+        features: vec![io_uring],
+    })
+}
+
+/// How volumes are read here: some distributions forbid io_uring.
+fn engine() -> (block::Engine, Feature) {
+    let feature = |available, details| Feature { name: "io_uring".into(), available, details };
+    match block::uring_available() {
+        Ok(mode) => (block::Engine::Uring, feature(true, mode.to_string())),
+        Err(cause) => {
+            let details = format!(
+                "volumes are read by threads, which is slower: {cause}; see the sysctl \
+                 kernel.io_uring_disabled"
+            );
+            (block::Engine::Threads, feature(false, details))
+        }
+    }
+}
+
+/// What tells this host from others that share a store: a digest of the
+/// machine's id, which itself is not to be shown around, or of its name where
+/// it has none.
+fn host_id() -> Result<String> {
+    let id = match fs::read_to_string(MACHINE_ID) {
+        Ok(id) if !id.trim().is_empty() => id,
+        Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
+            return Err(cause)
+                .context(Reason::Internal, || format!("the file {MACHINE_ID} cannot be read"));
+        }
+        _ => super::uname()?.name,
+    };
+    let digest = blake3::derive_key("imaged 2026 host id", id.trim().as_bytes());
+    Ok(blake3::Hash::from_bytes(digest).to_hex()[..32].to_owned())
+}

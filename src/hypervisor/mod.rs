@@ -1,0 +1,5 @@
+//! What runs the instances of this host.
+
+mod qemu;
+
+pub use qemu::QemuHost;

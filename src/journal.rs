@@ -1,0 +1,437 @@
+//! What survives a restart: an embedded database with one table.
+//!
+//! ```text
+//! key    id of the work request
+//! value  {"version": 1, "workRequest": {…}}
+//! ```
+//! One thread owns the database, because its calls block on fsync; callers
+//! wait in a bounded channel. An answer means that the change is durable.
+//! Dropping a caller's future does not take its change back.
+
+use std::{
+    error::Error as StdError,
+    fmt,
+    fs::{File, OpenOptions},
+    io,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    thread::{self, JoinHandle},
+};
+
+use redb::{
+    Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError,
+    TableDefinition,
+};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    error::{Cause, Context, Error, Reason, Result},
+    model::{WorkRequestId, work_request::WorkRequest},
+    port::{self, BoxFuture},
+};
+
+const WORK_REQUESTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("work_requests");
+
+/// Version of the values that this imaged writes, and the newest it reads.
+const VERSION: u32 = 1;
+
+/// Callers that may wait for the thread; more wait for a place.
+const QUEUE: usize = 64;
+
+/// The journal holds some hundred kilobytes; redb would take 1 GiB.
+const CACHE_BYTES: usize = 4 << 20;
+
+/// What to do when the journal cannot be read any more.
+const DAMAGED: &str = "move the file aside to start with an empty journal, then look for instances \
+                       that are stopped or frozen: only the journal knew of them";
+
+/// What goes wrong inside the database, not yet said for people.
+type Failed = Cause;
+
+/// The journal of one state directory.
+pub struct Journal {
+    path: PathBuf,
+    /// `None` only while dropping.
+    commands: Option<mpsc::Sender<Command>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A key and its value.
+type Entry = (String, Vec<u8>);
+
+enum Command {
+    Put { key: String, value: Vec<u8>, done: oneshot::Sender<Result<(), Failed>> },
+    Load { done: oneshot::Sender<Result<Vec<Entry>, Failed>> },
+    Forget { keys: Vec<String>, done: oneshot::Sender<Result<(), Failed>> },
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Value<T> {
+    version: u32,
+    work_request: T,
+}
+
+/// Enough of a value to know whether the rest can be read.
+#[derive(Deserialize)]
+struct Header {
+    version: u32,
+}
+
+impl Journal {
+    /// Opens the journal in the file `path`, or makes it. Nothing in it is
+    /// ever deleted because it could not be read. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`, also for a damaged file.
+    pub fn open(path: &Path) -> Result<Self> {
+        let (opened, open) = std::sync::mpsc::sync_channel(1);
+        let (commands, receiver) = mpsc::channel(QUEUE);
+        let owned = path.to_owned();
+        let unusable = || format!("the journal {} cannot be opened", path.display());
+        let thread = thread::Builder::new()
+            .name("journal".into())
+            .spawn(move || {
+                // Opening here, too: redb panics on some damage, and that must
+                // be an error of this call.
+                match Store::open(owned) {
+                    Ok(store) => {
+                        let _ = opened.send(Ok(()));
+                        store.run(receiver);
+                    }
+                    Err(cause) => drop(opened.send(Err(cause))),
+                }
+            })
+            .context(Reason::JournalFailed, unusable)?;
+        // No answer: redb panicked.
+        if let Err(cause) = open.recv().unwrap_or_else(|_| Err("the file is damaged".into())) {
+            let damaged = is_damage(&*cause);
+            let error = Error::new(Reason::JournalFailed, unusable()).because(cause);
+            return Err(match damaged {
+                true => error.advice(DAMAGED),
+                false => error,
+            });
+        }
+        Ok(Self { path: path.to_owned(), commands: Some(commands), thread: Some(thread) })
+    }
+
+    async fn ask<T>(
+        &self,
+        doing: impl FnOnce() -> String,
+        command: impl FnOnce(oneshot::Sender<Result<T, Failed>>) -> Command,
+    ) -> Result<T> {
+        let (done, answer) = oneshot::channel();
+        let ended = "the journal's thread has ended";
+        let outcome = match &self.commands {
+            Some(commands) if commands.send(command(done)).await.is_ok() => {
+                answer.await.unwrap_or_else(|_| Err(ended.into()))
+            }
+            _ => Err(ended.into()),
+        };
+        outcome.context(Reason::JournalFailed, || {
+            format!("{} the journal {}", doing(), self.path.display())
+        })
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        drop(self.commands.take());
+        // Some milliseconds: what is queued is written, and whoever opens the
+        // file next finds it closed.
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl fmt::Debug for Journal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Journal").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl port::Journal for Journal {
+    fn put<'a>(&'a self, request: &'a WorkRequest) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let value = Value { version: VERSION, work_request: request };
+            let value = serde_json::to_vec(&value)
+                .context(Reason::Internal, || format!("{} cannot be serialised", request.id))?;
+            let key = request.id.to_string();
+            self.ask(
+                || format!("{} could not be written to", request.id),
+                |done| Command::Put { key, value, done },
+            )
+            .await
+        })
+    }
+
+    fn load(&self) -> BoxFuture<'_, Result<Vec<WorkRequest>>> {
+        Box::pin(async move {
+            let doing = || "nothing could be read from".to_owned();
+            let values = self.ask(doing, |done| Command::Load { done }).await?;
+            let mut requests = values
+                .iter()
+                .map(|(key, value)| decode(key, value, &self.path))
+                .collect::<Result<Vec<_>>>()?;
+            requests.sort_by(|a, b| (a.time_accepted, &a.id).cmp(&(b.time_accepted, &b.id)));
+            Ok(requests)
+        })
+    }
+
+    fn forget<'a>(&'a self, ids: &'a [WorkRequestId]) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let keys = ids.iter().map(ToString::to_string).collect();
+            let doing = || format!("{} work requests could not be removed from", ids.len());
+            self.ask(doing, |done| Command::Forget { keys, done }).await
+        })
+    }
+}
+
+fn decode(key: &str, value: &[u8], path: &Path) -> Result<WorkRequest> {
+    let unreadable = || format!("{key} in the journal {} cannot be read", path.display());
+    let header: Header =
+        serde_json::from_slice(value).context(Reason::JournalFailed, unreadable)?;
+    if header.version > VERSION {
+        let found = header.version;
+        return Err(Error::new(Reason::JournalFailed, unreadable())
+            .because(format!("it has version {found}, and this imaged reads up to {VERSION}"))
+            .advice("start the newer imaged that wrote it; nothing was changed"));
+    }
+    let value: Value<WorkRequest> =
+        serde_json::from_slice(value).context(Reason::JournalFailed, unreadable)?;
+    Ok(value.work_request)
+}
+
+/// The database, on its thread.
+struct Store {
+    path: PathBuf,
+    /// Closed after an error: redb refuses all writing after one failed
+    /// write, and a disk that was full has room again some day.
+    database: Option<Database>,
+}
+
+impl Store {
+    fn open(path: PathBuf) -> Result<Self, Failed> {
+        // Only the daemon's user: what an undo needs may be secret.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)?;
+        let database = Some(open_database(file)?);
+        Ok(Self { path, database })
+    }
+
+    fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        while let Some(command) = commands.blocking_recv() {
+            // A caller that has gone does not want to know.
+            match command {
+                Command::Put { key, value, done } => {
+                    let _ = done.send(self.with(|database| put(database, &key, &value)));
+                }
+                Command::Load { done } => drop(done.send(self.with(load))),
+                Command::Forget { keys, done } => {
+                    let _ = done.send(self.with(|database| forget(database, &keys)));
+                }
+            }
+        }
+    }
+
+    fn with<T>(&mut self, act: impl FnOnce(&Database) -> Result<T, Failed>) -> Result<T, Failed> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            // Never a new file: an empty journal would pass for "nothing to
+            // undo".
+            None => open_database(OpenOptions::new().read(true).write(true).open(&self.path)?)?,
+        };
+        let outcome = act(&database);
+        if outcome.is_ok() {
+            self.database = Some(database);
+        }
+        outcome
+    }
+}
+
+/// Whether the file's content is at fault, not its permissions or a peer.
+fn is_damage(cause: &(dyn StdError + Send + Sync + 'static)) -> bool {
+    match cause.downcast_ref::<DatabaseError>() {
+        Some(DatabaseError::Storage(StorageError::Io(cause))) => {
+            matches!(cause.kind(), io::ErrorKind::InvalidData | io::ErrorKind::UnexpectedEof)
+        }
+        Some(DatabaseError::Storage(StorageError::Corrupted(_))) => true,
+        Some(_) => false,
+        // An error of the file system, or our own word for a panic.
+        None => !cause.is::<io::Error>(),
+    }
+}
+
+fn open_database(file: File) -> Result<Database, Failed> {
+    let database = Builder::new().set_cache_size(CACHE_BYTES).create_file(file)?;
+    let transaction = database.begin_write()?;
+    transaction.open_table(WORK_REQUESTS)?;
+    transaction.commit()?;
+    Ok(database)
+}
+
+// Commits are durable unless redb is told otherwise.
+
+fn put(database: &Database, key: &str, value: &[u8]) -> Result<(), Failed> {
+    let transaction = database.begin_write()?;
+    transaction.open_table(WORK_REQUESTS)?.insert(key, value)?;
+    Ok(transaction.commit()?)
+}
+
+fn load(database: &Database) -> Result<Vec<Entry>, Failed> {
+    let table = database.begin_read()?.open_table(WORK_REQUESTS)?;
+    let mut all = Vec::new();
+    for entry in table.iter()? {
+        let (key, value) = entry?;
+        all.push((key.value().to_owned(), value.value().to_vec()));
+    }
+    Ok(all)
+}
+
+fn forget(database: &Database, keys: &[String]) -> Result<(), Failed> {
+    let transaction = database.begin_write()?;
+    {
+        let mut table = transaction.open_table(WORK_REQUESTS)?;
+        for key in keys {
+            table.remove(key.as_str())?;
+        }
+    }
+    Ok(transaction.commit()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+    use crate::{
+        model::{
+            Timestamp,
+            work_request::{Operation, Phase, Progress, Status},
+        },
+        port::Journal as _,
+    };
+
+    fn request(accepted: u64) -> WorkRequest {
+        let time = Timestamp::from_millis(accepted);
+        WorkRequest {
+            id: WorkRequestId::generate(time, 7),
+            operation: Operation::CreateImage,
+            status: Status::InProgress,
+            compartment_id: "default".parse().unwrap(),
+            resources: Vec::new(),
+            phase: Phase::Read,
+            progress: Progress { total: 10, read: 3, ..Progress::default() },
+            time_accepted: time,
+            time_started: Some(time),
+            time_finished: None,
+            errors: Vec::new(),
+            logs: Vec::new(),
+            requested_by: "uid 0 (root)".into(),
+            retry: None,
+        }
+    }
+
+    fn in_dir() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("journal.redb");
+        (dir, path)
+    }
+
+    /// The report without the temporary directory.
+    fn report(error: &Error, dir: &tempfile::TempDir) -> String {
+        error.report().replace(dir.path().to_str().unwrap(), "DIR")
+    }
+
+    #[tokio::test]
+    async fn what_was_put_is_there_after_reopening_oldest_first() {
+        let (_dir, path) = in_dir();
+        let (old, mut new) = (request(1_000), request(2_000));
+        {
+            let journal = Journal::open(&path).unwrap();
+            journal.put(&new).await.unwrap();
+            journal.put(&old).await.unwrap();
+            new.status = Status::Succeeded;
+            journal.put(&new).await.unwrap();
+        }
+        let journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.load().await.unwrap(), [old.clone(), new.clone()]);
+        journal.forget(&[new.id.clone(), request(3_000).id]).await.unwrap();
+        assert_eq!(journal.load().await.unwrap(), [old]);
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[tokio::test]
+    async fn a_newer_value_is_refused_and_kept() {
+        let (dir, path) = in_dir();
+        let newer = serde_json::json!({"version": 2, "workRequest": {"shape": "unknown"}});
+        {
+            let store = Store::open(path.clone()).unwrap();
+            let database = store.database.as_ref().unwrap();
+            put(database, "wr-1", newer.to_string().as_bytes()).unwrap();
+        }
+        let error = {
+            let journal = Journal::open(&path).unwrap();
+            journal.load().await.unwrap_err()
+        };
+        insta::assert_snapshot!(report(&error, &dir), @"
+        wr-1 in the journal DIR/journal.redb cannot be read
+          0: it has version 2, and this imaged reads up to 1
+          help: start the newer imaged that wrote it; nothing was changed
+        ");
+        let store = Store::open(path).unwrap();
+        assert_eq!(load(store.database.as_ref().unwrap()).unwrap().len(), 1);
+    }
+
+    #[test]
+    fn a_damaged_file_says_what_to_do_and_is_left_alone() {
+        let (dir, path) = in_dir();
+        let garbage = vec![0x5a; 1 << 20];
+        std::fs::write(&path, &garbage).unwrap();
+        let error = Journal::open(&path).unwrap_err();
+        insta::assert_snapshot!(report(&error, &dir), @"
+        the journal DIR/journal.redb cannot be opened
+          0: I/O error: Not a redb database: magic number mismatch
+          help: move the file aside to start with an empty journal, then look for instances that are stopped or frozen: only the journal knew of them
+        ");
+        assert_eq!(std::fs::read(&path).unwrap(), garbage);
+    }
+
+    #[test]
+    fn damage_behind_an_intact_head_is_an_error_of_open() {
+        let (_dir, path) = in_dir();
+        drop(Journal::open(&path).unwrap());
+        let length = path.metadata().unwrap().len();
+        OpenOptions::new().write(true).open(&path).unwrap().set_len(length / 2).unwrap();
+        let error = Journal::open(&path).unwrap_err();
+        assert_eq!((error.reason(), error.advice_text()), (Reason::JournalFailed, Some(DAMAGED)));
+        assert_eq!(path.metadata().unwrap().len(), length / 2);
+    }
+
+    #[test]
+    fn two_daemons_cannot_share_a_journal() {
+        let (_dir, path) = in_dir();
+        let _first = Journal::open(&path).unwrap();
+        let error = Journal::open(&path).unwrap_err();
+        assert_eq!((error.reason(), error.advice_text()), (Reason::JournalFailed, None));
+    }
+
+    #[tokio::test]
+    async fn an_error_does_not_last_longer_than_its_cause() {
+        let (_dir, path) = in_dir();
+        let mut store = Store::open(path).unwrap();
+        let failed: Result<(), _> = store.with(|_| Err("the disk is full".into()));
+        failed.unwrap_err();
+        assert!(store.database.is_none());
+        store.with(|database| put(database, "a", b"b")).unwrap();
+        assert_eq!(store.with(load).unwrap().len(), 1);
+    }
+}

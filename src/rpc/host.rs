@@ -1,0 +1,108 @@
+//! HostService.
+
+use std::{fmt, sync::Arc};
+
+use futures_util::future::BoxFuture;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    error::Result,
+    model::{
+        host::{Feature, Space},
+        work_request,
+    },
+    pb::{self, host_service_server::HostService},
+    work::Work,
+};
+
+/// What the daemon knows of its host.
+#[derive(Clone)]
+pub struct HostFacts {
+    /// Its name.
+    pub hostname: String,
+    /// The kernel's release.
+    pub kernel_release: String,
+    /// `x86_64`, `aarch64`, …
+    pub architecture: String,
+    /// What it can do, and what each missing part lacks.
+    pub features: Vec<Feature>,
+    /// Threads that encode.
+    pub encode_threads: usize,
+    /// Name of the store that images go to.
+    pub default_store: String,
+    /// Asks the stores. Bounded to some seconds.
+    pub stores: Arc<dyn Fn() -> BoxFuture<'static, Vec<StoreState>> + Send + Sync>,
+}
+
+impl fmt::Debug for HostFacts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("HostFacts").field("hostname", &self.hostname).finish_non_exhaustive()
+    }
+}
+
+/// A store as it is now.
+#[derive(Debug)]
+pub struct StoreState {
+    /// Its name in the configuration.
+    pub name: String,
+    /// `directory`, …
+    pub kind: &'static str,
+    /// Where it is, without any secret.
+    pub location: String,
+    /// Room, where the store can tell; an error where it does not answer.
+    pub space: Result<Option<Space>>,
+}
+
+#[derive(Debug)]
+pub(super) struct Host {
+    pub work: Work,
+    pub facts: HostFacts,
+}
+
+#[tonic::async_trait]
+impl HostService for Host {
+    async fn get_host(
+        &self,
+        _request: Request<pb::GetHostRequest>,
+    ) -> Result<Response<pb::Host>, Status> {
+        let facts = &self.facts;
+        let stores = (facts.stores)().await;
+        let requests = self.work.work_requests();
+        let active = requests.iter().filter(|request| {
+            use work_request::Status::{Canceling, InProgress};
+            matches!(request.status, InProgress | Canceling)
+        });
+        Ok(Response::new(pb::Host {
+            hostname: facts.hostname.clone(),
+            imaged_version: env!("CARGO_PKG_VERSION").into(),
+            kernel_release: facts.kernel_release.clone(),
+            architecture: facts.architecture.clone(),
+            features: facts.features.iter().cloned().map(Into::into).collect(),
+            stores: stores.into_iter().map(|state| store(state, &facts.default_store)).collect(),
+            encode_threads: u32::try_from(facts.encode_threads).unwrap_or(u32::MAX),
+            work_requests_in_progress: u32::try_from(active.count()).unwrap_or(u32::MAX),
+        }))
+    }
+}
+
+impl From<Feature> for pb::Feature {
+    fn from(feature: Feature) -> Self {
+        Self { name: feature.name, available: feature.available, details: feature.details }
+    }
+}
+
+fn store(state: StoreState, default: &str) -> pb::Store {
+    let (space, problem) = match state.space {
+        Ok(space) => (space, String::new()),
+        Err(error) => (None, error.report()),
+    };
+    pb::Store {
+        is_default: state.name == default,
+        name: state.name,
+        kind: state.kind.into(),
+        location: state.location,
+        free_bytes: space.map(|space| space.free.get()),
+        total_bytes: space.map(|space| space.total.get()),
+        problem,
+    }
+}

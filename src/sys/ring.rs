@@ -1,0 +1,355 @@
+//! A ring of reads from one file into registered buffers: io_uring, safely.
+//!
+//! A read owns its buffer from [`ReadRing::start`] until
+//! [`ReadRing::finished`] gives it back. Dropping the ring first waits for
+//! what the kernel holds; when even that fails, the memory is leaked rather
+//! than freed under the kernel's hands.
+//!
+//! ```text
+//! Buffer ──start──► owned by the ring ──kernel completes──► finished ──► Buffer
+//! ```
+
+use std::{
+    fmt, io,
+    marker::PhantomData,
+    mem,
+    ops::Range,
+    os::fd::{AsRawFd, BorrowedFd},
+    sync::Arc,
+    time::Duration,
+};
+
+use io_uring::{IoUring, opcode, types};
+
+use super::slab::{Buffer, Slab};
+
+/// How often in a row the kernel may have no memory for requests, a
+/// millisecond apart: ten seconds, longer than reclaim takes on a host that
+/// can be saved.
+const PATIENCE: u32 = 10_000;
+
+/// One read: bytes of the file from `offset` on, into `range` of the buffer.
+#[derive(Debug)]
+pub struct Read {
+    /// Receives the bytes.
+    pub buffer: Buffer,
+    /// Where in the file.
+    pub offset: u64,
+    /// Which bytes of the buffer; not empty.
+    pub range: Range<usize>,
+}
+
+/// A read that the kernel gave back: the count of bytes read from `offset`
+/// on, which may be short, or the error.
+pub type Finished = (Read, io::Result<usize>);
+
+/// Whether to wait for the kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// Only take what is there.
+    No,
+    /// Until at least one read is finished, if any is under way.
+    ForOne,
+}
+
+/// How the kernel runs completions; the best that it knows is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// `SINGLE_ISSUER` and `DEFER_TASKRUN` (Linux 6.1): when the ring's
+    /// thread asks for them, and never by interrupting it.
+    Deferred,
+    /// `COOP_TASKRUN` (Linux 5.19): when the thread enters the kernel anyway.
+    Cooperative,
+    /// As io_uring began (Linux 5.1).
+    Plain,
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Deferred => "single issuer, deferred completions",
+            Self::Cooperative => "cooperative completions",
+            Self::Plain => "plain",
+        })
+    }
+}
+
+/// The ring. It stays on the thread that made it.
+pub struct ReadRing {
+    ring: IoUring,
+    mode: Mode,
+    /// Outlives the registration, whatever becomes of the buffers.
+    slab: Arc<Slab>,
+    /// What the kernel holds, by slot.
+    held: Box<[Option<Read>]>,
+    in_flight: usize,
+    /// How often in a row the kernel asked to come again.
+    refusals: u32,
+    /// `SINGLE_ISSUER` binds the ring to its thread.
+    _not_send: PhantomData<*const ()>,
+}
+
+impl ReadRing {
+    /// A ring that reads `file` into the buffers of `slab`. The kernel keeps
+    /// its own reference to the file.
+    ///
+    /// # Errors
+    ///
+    /// `ENOSYS` or `EPERM` where io_uring is missing or forbidden
+    /// (`kernel.io_uring_disabled`, seccomp), `ENOMEM` where the limit of
+    /// locked memory is too small for the buffers.
+    pub fn new(file: BorrowedFd<'_>, slab: &Arc<Slab>) -> io::Result<Self> {
+        let (ring, mode) = set_up(u32::from(slab.count()))?;
+        ring.submitter().register_files(&[file.as_raw_fd()])?;
+        let vectors: Vec<_> = (0..slab.count())
+            .map(|slot| libc::iovec {
+                iov_base: slab.address(slot).cast(),
+                iov_len: slab.buffer_size(),
+            })
+            .collect();
+        // SAFETY: the memory stays mapped until the ring is closed: the ring
+        // holds the slab, and fields are dropped after `ring`, or never.
+        unsafe { ring.submitter().register_buffers(&vectors)? };
+        Ok(Self {
+            ring,
+            mode,
+            held: vectors.iter().map(|_| None).collect(),
+            slab: Arc::clone(slab),
+            in_flight: 0,
+            refusals: 0,
+            _not_send: PhantomData,
+        })
+    }
+
+    /// Whether this kernel lets this process use io_uring, and how.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn probe() -> io::Result<Mode> {
+        set_up(1).map(|(_, mode)| mode)
+    }
+
+    /// How completions run.
+    #[must_use]
+    pub fn mode(&self) -> Mode {
+        self.mode
+    }
+
+    /// How many reads the kernel holds.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    /// Queues `read`; the kernel sees it with the next
+    /// [`finished`](Self::finished).
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for a buffer of another slab or a range outside the buffer.
+    pub fn start(&mut self, read: Read) -> io::Result<()> {
+        let slot = read.buffer.slot();
+        let len = u32::try_from(read.range.len()).unwrap_or(0);
+        let inside = read.range.end <= self.slab.buffer_size() && len > 0;
+        if !read.buffer.is_from(&self.slab) || !inside {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let start = self.slab.address(slot).wrapping_add(read.range.start);
+        let entry = opcode::ReadFixed::new(types::Fixed(0), start, len, slot)
+            .offset(read.offset)
+            .build()
+            .user_data(u64::from(slot));
+        // SAFETY: the entry names registered file 0 and `range` of registered
+        // buffer `slot`. That buffer is ours from here until its completion:
+        // `held` owns the only `Buffer` of the slot.
+        unsafe { self.ring.submission().push(&entry) }.map_err(io::Error::other)?;
+        self.held[usize::from(slot)] = Some(read);
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    /// Shows the kernel what was queued and appends what it gives back to
+    /// `done`. With [`Wait::ForOne`] it may still return with nothing when a
+    /// signal came.
+    ///
+    /// # Errors
+    ///
+    /// The ring itself is broken; the errors of reads are in `done`.
+    pub fn finished(&mut self, wait: Wait, done: &mut Vec<Finished>) -> io::Result<()> {
+        let want = match wait {
+            Wait::ForOne if self.in_flight > 0 => 1,
+            _ => 0,
+        };
+        let entered = self.ring.submit_and_wait(want);
+        for completion in self.ring.completion() {
+            let slot = usize::try_from(completion.user_data()).ok();
+            let read = slot.and_then(|slot| self.held.get_mut(slot)?.take());
+            let Some(read) = read else { continue };
+            self.in_flight -= 1;
+            let result = usize::try_from(completion.result())
+                .map_err(|_| io::Error::from_raw_os_error(-completion.result()));
+            done.push((read, result));
+        }
+        match entered {
+            Ok(_) => {
+                self.refusals = 0;
+                Ok(())
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(()),
+            // The kernel is short of memory for requests, or has completions
+            // that were just taken: what was not accepted stays queued.
+            Err(e)
+                if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY))
+                    && self.refusals < PATIENCE =>
+            {
+                self.refusals += 1;
+                std::thread::sleep(Duration::from_millis(1));
+                Ok(())
+            }
+            Err(e) => Err(e),
+        }
+    }
+}
+
+impl Drop for ReadRing {
+    fn drop(&mut self) {
+        let mut done = Vec::new();
+        while self.in_flight > 0 {
+            if let Err(error) = self.finished(Wait::ForOne, &mut done) {
+                tracing::error!(%error, reads = self.in_flight, "cannot take reads back from the kernel; their memory is leaked");
+                // A leaked `Read` holds the slab, so no byte of it is freed.
+                self.held.iter_mut().filter_map(Option::take).for_each(mem::forget);
+                return;
+            }
+            done.clear();
+        }
+    }
+}
+
+impl fmt::Debug for ReadRing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ReadRing({}, {} in flight)", self.mode, self.in_flight)
+    }
+}
+
+fn set_up(entries: u32) -> io::Result<(IoUring, Mode)> {
+    let mut refused = None;
+    for mode in [Mode::Deferred, Mode::Cooperative, Mode::Plain] {
+        let mut builder = IoUring::builder();
+        // A forked child has no business with the ring's memory.
+        builder.dontfork();
+        match mode {
+            Mode::Deferred => builder.setup_single_issuer().setup_defer_taskrun(),
+            Mode::Cooperative => builder.setup_coop_taskrun(),
+            Mode::Plain => &mut builder,
+        };
+        match builder.build(entries.max(1)) {
+            Ok(ring) => return Ok((ring, mode)),
+            // The kernel does not know the flags: step down.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = Some(error),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(refused.unwrap_or_else(|| io::Error::from_raw_os_error(libc::EINVAL)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io::Write, os::fd::AsFd};
+
+    use super::*;
+
+    fn file(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    fn all(ring: &mut ReadRing) -> Vec<Finished> {
+        let mut done = Vec::new();
+        while ring.in_flight() > 0 {
+            ring.finished(Wait::ForOne, &mut done).unwrap();
+        }
+        done
+    }
+
+    #[test]
+    #[ignore = "needs a kernel that allows io_uring"]
+    fn uring_reads_fill_their_own_ranges() {
+        let file = file(&(0..=255).collect::<Vec<u8>>().repeat(64));
+        let (slab, buffers) = Slab::cut(4, 4096);
+        let mut ring = ReadRing::new(file.as_fd(), &slab).unwrap();
+        for buffer in buffers {
+            let offset = u64::from(buffer.slot()) * 4096 + 3;
+            ring.start(Read { buffer, offset, range: 100..200 }).unwrap();
+        }
+        let done = all(&mut ring);
+        assert_eq!(done.len(), 4);
+        for (read, result) in done {
+            assert_eq!(result.unwrap(), 100);
+            assert_eq!(read.buffer[100..200], (3..103).collect::<Vec<u8>>());
+            assert!(read.buffer[..100].iter().chain(&read.buffer[200..]).all(|&byte| byte == 0));
+        }
+    }
+
+    #[test]
+    #[ignore = "needs a kernel that allows io_uring"]
+    fn uring_tells_short_reads_and_errors_of_a_read() {
+        let short = file(b"abc");
+        let (slab, mut buffers) = Slab::cut(1, 4096);
+        let mut ring = ReadRing::new(short.as_fd(), &slab).unwrap();
+        ring.start(Read { buffer: buffers.remove(0), offset: 1, range: 0..4096 }).unwrap();
+        let (read, result) = all(&mut ring).remove(0);
+        assert_eq!((result.unwrap(), &read.buffer[..2]), (2, &b"bc"[..]));
+
+        let directory = File::open("/").unwrap();
+        let mut ring = ReadRing::new(directory.as_fd(), &slab).unwrap();
+        ring.start(read).unwrap();
+        let (_, result) = all(&mut ring).remove(0);
+        assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EISDIR));
+    }
+
+    #[test]
+    #[ignore = "needs a kernel that allows io_uring"]
+    fn uring_refuses_what_is_not_its_own() {
+        let file = file(b"abc");
+        let (slab, mut own) = Slab::cut(1, 4096);
+        let (_, mut foreign) = Slab::cut(1, 4096);
+        let mut ring = ReadRing::new(file.as_fd(), &slab).unwrap();
+        let buffer = foreign.remove(0);
+        assert!(ring.start(Read { buffer, offset: 0, range: 0..1 }).is_err());
+        let buffer = own.remove(0);
+        assert!(ring.start(Read { buffer, offset: 0, range: 0..4097 }).is_err());
+        assert_eq!(ring.in_flight(), 0);
+    }
+
+    #[test]
+    #[ignore = "needs a kernel that allows io_uring"]
+    fn uring_takes_everything_back_when_it_is_dropped() {
+        let file = file(&vec![7; 64 << 20]);
+        let (slab, buffers) = Slab::cut(64, 1 << 20);
+        let memory = Arc::downgrade(&slab);
+        let mut ring = ReadRing::new(file.as_fd(), &slab).unwrap();
+        drop(slab);
+        for buffer in buffers {
+            let offset = u64::from(buffer.slot()) << 20;
+            ring.start(Read { buffer, offset, range: 0..1 << 20 }).unwrap();
+        }
+        ring.finished(Wait::No, &mut Vec::new()).unwrap();
+        drop(ring);
+        assert!(memory.upgrade().is_none(), "a buffer stayed behind");
+    }
+
+    #[test]
+    #[ignore = "needs a kernel that allows io_uring"]
+    fn uring_buffers_outlive_the_ring() {
+        let file = file(b"abc");
+        let (slab, mut buffers) = Slab::cut(1, 4096);
+        let mut ring = ReadRing::new(file.as_fd(), &slab).unwrap();
+        ring.start(Read { buffer: buffers.remove(0), offset: 0, range: 0..3 }).unwrap();
+        let (read, _) = all(&mut ring).remove(0);
+        drop((ring, slab, file));
+        assert_eq!(&read.buffer[..3], b"abc");
+    }
+}
