@@ -72,7 +72,7 @@ image=$("$imagectl" image list --display-name golden --output json |
 show "$imagectl" image verify --image-id "$image"
 
 say "The same digests, computed by a script that needs nothing of imaged"
-show docs/verify-image.py "$work/state/images/images/$image"
+show docs/verify-image.py "$work/state/images/images/$image" "$work/restored.raw"
 
 say "A second guest boots from the image"
 "$vm" start --disk "$work/state/images/images/$image/image.qcow2" --format qcow2 --snapshot --dir "$work/second"

@@ -97,8 +97,7 @@ fn root_an_unreadable_sector_ends_the_capture_and_is_named() {
 
     let volume = device.device.to_str().unwrap();
     let wait = ["--wait-for-state", "AVAILABLE"];
-    let said =
-        daemon.refusal(&[&["image", "create", "--boot-volume", volume][..], &wait].concat());
+    let said = daemon.refusal(&[&["image", "create", "--boot-volume", volume][..], &wait].concat());
     assert!(said.contains(volume), "{said}");
     assert!(said.contains(&(40 * MIB + 4096).to_string()), "{said}");
     assert!(said.contains("Input/output error"), "{said}");
@@ -174,8 +173,14 @@ fn root_a_volume_may_be_read_only_and_end_in_mid_sector() {
         run(
             "qemu-img",
             &[
-                "compare", "-q", "-f", "raw", "-F", "qcow2",
-                path.to_str().unwrap(), object.to_str().unwrap(),
+                "compare",
+                "-q",
+                "-f",
+                "raw",
+                "-F",
+                "qcow2",
+                path.to_str().unwrap(),
+                object.to_str().unwrap(),
             ],
         );
     }

@@ -34,7 +34,11 @@ fn root_a_full_store_fails_the_image_and_gives_its_room_back() {
     let before = free(&store);
 
     let said = daemon.refusal(&[
-        "image", "create", "--boot-volume", volume.to_str().unwrap(), "--wait-for-state",
+        "image",
+        "create",
+        "--boot-volume",
+        volume.to_str().unwrap(),
+        "--wait-for-state",
         "AVAILABLE",
     ]);
     assert!(said.contains("store \"test\""), "{said}");
