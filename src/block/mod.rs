@@ -1,8 +1,8 @@
 //! The volumes of this host: found, held, mapped and read.
 //!
 //! ```text
-//! path ──open──► checked and open ──holder, qemu_lock──► held ──map──► facts
-//!                                                          └──reader, queue──► pieces
+//! path ──open──► checked and open ──hold: holder, qemu_lock──► held ──map──► facts
+//!                                                               └──reader, queue──► pieces
 //! ```
 //!
 //! A volume is held in three ways at once, for each stops others: `O_EXCL`
@@ -12,6 +12,7 @@
 
 #[cfg(test)]
 mod device_tests;
+mod hold;
 mod holder;
 mod map;
 mod open;
@@ -26,7 +27,6 @@ use std::{
     fmt,
     fs::File,
     io,
-    os::fd::AsFd,
     path::{Path, PathBuf},
     sync::{Arc, mpsc::SyncSender},
     time::Duration,
@@ -34,21 +34,12 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
-use self::{
-    holder::{Holder, Host, Openers},
-    open::{Named, Opened},
-    qemu_lock::Locked,
-};
+use self::{hold::hold, holder::Host, reader::Source};
 pub use self::{queue::Engine, reader::ReaderSettings};
 use crate::{
-    error::{Context, Error, Reason, Result},
-    model::ByteSize,
+    error::{Error, Reason, Result},
     port::{BoxFuture, HeldVolume, Piece, VolumeFacts, Volumes},
-    sys::{
-        ioctl::{Transform, loop_status},
-        ring::{Mode, ReadRing},
-        stat::Identity,
-    },
+    sys::ring::{Mode, ReadRing},
 };
 
 /// How long opening, flushing and mapping a volume may take. A device with
@@ -117,8 +108,7 @@ impl Volumes for HostVolumes {
 /// A volume that nothing else writes to while this value lives.
 struct Held {
     /// Open exclusively, with QEMU's locks.
-    file: Arc<File>,
-    facts: VolumeFacts,
+    source: Source,
     settings: ReaderSettings,
     /// The file under a loop device, with QEMU's locks.
     _backing: Option<File>,
@@ -126,96 +116,16 @@ struct Held {
 
 impl fmt::Debug for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Held({}, {})", self.facts.path.display(), self.facts.size)
+        write!(f, "Held({}, {})", self.source.facts.path.display(), self.source.facts.size)
     }
 }
 
 impl HeldVolume for Held {
     fn facts(&self) -> &VolumeFacts {
-        &self.facts
+        &self.source.facts
     }
 
     fn read(&mut self, pieces: &SyncSender<Piece>, stop: &CancellationToken) -> Result<()> {
-        reader::read(&self.file, &self.facts, self.settings, pieces, stop)
+        reader::read(&self.source, self.settings, pieces, stop)
     }
-}
-
-fn hold(host: &Host, allowed: &[PathBuf], settings: ReaderSettings, asked: &Path) -> Result<Held> {
-    let named = Named::look_up(asked, allowed)?;
-    let (path, identity) = (named.path.clone(), named.identity);
-    let unknown = || format!("cannot find out who uses {}", path.display());
-    let subject = host.subject(identity).context(Reason::VolumeUnavailable, unknown)?;
-    let holder =
-        |openers| host.holder(&subject, openers).context(Reason::VolumeUnavailable, unknown);
-    let Some(Opened { file, size, sector_size }) = named.open()? else {
-        let holder = holder(Openers::Everyone)?.unwrap_or(Holder::Claimed);
-        return Err(held(&path, &holder));
-    };
-    let backing = backing_file(host, &file, identity, size);
-    let backing_file = backing.as_ref().map(|backing| &backing.file);
-    // First the locks, then the search: who comes between the two is stopped
-    // by the ones or found by the other.
-    let mut conflict = false;
-    for file in [Some(&file), backing_file].into_iter().flatten() {
-        let locked = qemu_lock::lock_against_writers(file)
-            .context(Reason::VolumeUnavailable, || format!("cannot lock {}", path.display()))?;
-        conflict |= locked == Locked::Conflict;
-    }
-    match holder(Openers::Writers)? {
-        Some(holder) => return Err(held(&path, &holder)),
-        None if conflict => return Err(held(&path, &Holder::Locked)),
-        None => {}
-    }
-    // A loop device's own cache lies above its file's.
-    open::flush(&file, &path)?;
-    let data = match (identity, &backing) {
-        (Identity::File { .. }, _) => map::data_of_file(&file, 0..size).ok(),
-        (_, Some(Backing { file, start })) => {
-            file.sync_data().and_then(|()| map::data_of_file(file, *start..*start + size)).ok()
-        }
-        (_, None) => None,
-    };
-    let facts = VolumeFacts {
-        path,
-        size: ByteSize(size),
-        sector_size,
-        // What cannot be mapped is read.
-        data: data.unwrap_or_else(|| map::everything(size)),
-    };
-    Ok(Held {
-        file: Arc::new(file),
-        facts,
-        settings,
-        _backing: backing.map(|backing| backing.file),
-    })
-}
-
-fn held(path: &Path, holder: &Holder) -> Error {
-    Error::new(Reason::VolumeHeld, format!("the volume {} is {holder}", path.display()))
-        .field("boot_volume")
-        .advice(holder.advice())
-}
-
-/// The file under a loop device.
-struct Backing {
-    file: File,
-    /// Where in it the device begins.
-    start: u64,
-}
-
-/// The regular file that shows which bytes of the loop device `device` are
-/// holes. `None` when there is no such file or any doubt.
-fn backing_file(host: &Host, device: &File, identity: Identity, size: u64) -> Option<Backing> {
-    let Identity::BlockDevice(number) = identity else { return None };
-    // A partition of a loop device answers the ioctl for its disk, but has no
-    // such file in sysfs.
-    let path = host.backing_file(number)?;
-    let status = loop_status(device.as_fd()).ok()?;
-    let same = Identity::File { device: status.device, inode: status.inode };
-    let file = open::open_same_file(&path, same).ok()??;
-    let end = status.offset.checked_add(size)?;
-    let whole = status.transform == Transform::None
-        && (status.size_limit == 0 || size <= status.size_limit)
-        && end <= file.metadata().ok()?.len();
-    whole.then_some(Backing { file, start: status.offset })
 }

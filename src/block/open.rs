@@ -103,7 +103,7 @@ impl Named {
     ///
     /// A regular file on a filesystem without direct reads (tmpfs on older
     /// kernels) is read through the page cache.
-    pub(super) fn open(self) -> Result<Option<Opened>> {
+    pub(super) fn open(&self) -> Result<Option<Opened>> {
         let error = |error| unavailable(&self.path, "open").because(error);
         let (file, size, sector_size) = match self.identity {
             Identity::BlockDevice(_) => {

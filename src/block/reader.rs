@@ -80,25 +80,35 @@ const EXTENT_LEN: usize = EXTENT_SIZE as usize;
 /// enough reads for an extent, and few sectors in each.
 const SEARCH_STEP: usize = 64 << 10;
 
-/// Reads the volume that `facts` describe from `file` into `pieces`, as
+/// What is read.
+#[derive(Debug)]
+pub(super) struct Source {
+    pub(super) file: Arc<File>,
+    pub(super) facts: VolumeFacts,
+    /// The volume's last bytes, fewer than a sector, where the device has
+    /// them in a last sector that is cut off and cannot be read.
+    pub(super) tail: Vec<u8>,
+}
+
+/// Reads `source` into `pieces`, as
 /// [`HeldVolume::read`](crate::port::HeldVolume::read) promises.
 pub(super) fn read(
-    file: &Arc<File>,
-    facts: &VolumeFacts,
+    source: &Source,
     settings: ReaderSettings,
     pieces: &SyncSender<Piece>,
     stop: &CancellationToken,
 ) -> Result<()> {
+    let facts = &source.facts;
     let size = facts.size.get();
     let depth = usize::from(settings.depth.max(1));
     // A small volume needs no more buffers than extents.
     let count = extents_to_read(size, &facts.data, depth).max(1);
     let (slab, free) = Slab::cut(u16::try_from(count).unwrap_or(u16::MAX), EXTENT_LEN);
-    let queue = Queue::new(settings.engine, file, &slab)
+    let queue = Queue::new(settings.engine, &source.file, &slab)
         .context(Reason::ReadFailed, || format!("cannot begin to read {}", facts.path.display()))?;
     let (home, returned) = mpsc::channel();
     let reading = Reading {
-        volume: Volume { file, facts },
+        source,
         plan: Plan::new(size, &facts.data).peekable(),
         queue,
         free,
@@ -112,16 +122,9 @@ pub(super) fn read(
     reading.run()
 }
 
-/// What is read.
-#[derive(Clone, Copy)]
-struct Volume<'a> {
-    file: &'a File,
-    facts: &'a VolumeFacts,
-}
-
 /// A reading under way.
 struct Reading<'a> {
-    volume: Volume<'a>,
+    source: &'a Source,
     plan: Peekable<Plan<'a>>,
     queue: Queue,
     free: Vec<Buffer>,
@@ -152,7 +155,7 @@ impl Reading<'_> {
                 (_, waiting) => {
                     let wait = if waiting { Wait::ForOne } else { Wait::No };
                     self.queue.finished(wait, &mut done).context(Reason::ReadFailed, || {
-                        format!("cannot go on reading {}", self.volume.facts.path.display())
+                        format!("cannot go on reading {}", self.source.facts.path.display())
                     })?;
                     if done.is_empty() && wait == Wait::No {
                         self.wait_for_buffer(ROOM_LATENCY);
@@ -177,7 +180,11 @@ impl Reading<'_> {
                 }
                 Some(Step::Read { index }) => {
                     let Some(buffer) = self.free.pop() else { break };
-                    self.start(buffer, index * EXTENT_SIZE, 0)?;
+                    let extent = index * EXTENT_SIZE;
+                    match self.source.readable(extent) {
+                        0 => self.lend(buffer, extent)?,
+                        _ => self.start(buffer, extent, 0)?,
+                    }
                 }
             }
             self.plan.next();
@@ -211,19 +218,31 @@ impl Reading<'_> {
     /// Reads the extent at `extent` on from byte `filled`, a multiple of the
     /// sector size.
     fn start(&mut self, buffer: Buffer, extent: u64, filled: usize) -> Result<()> {
-        let sector = self.volume.sector();
+        let sector = self.source.sector();
         // A file's tail is read with a length that direct I/O accepts; the
         // kernel returns what there is.
-        let end = self.volume.len(extent).next_multiple_of(sector).min(buffer.len());
+        let end = self.source.readable(extent).next_multiple_of(sector).min(buffer.len());
         let read = Read { buffer, offset: extent + filled as u64, range: filled..end };
         let start = read.offset;
-        self.queue.start(read).context(Reason::ReadFailed, || self.volume.sentence(start, end))
+        self.queue.start(read).context(Reason::ReadFailed, || self.source.sentence(start, end))
+    }
+
+    /// Passes a buffer on that has all of the extent that can be read.
+    fn lend(&mut self, mut buffer: Buffer, extent: u64) -> Result<()> {
+        let (readable, len) = (self.source.readable(extent), self.source.len(extent));
+        if readable < len {
+            buffer[readable..len].copy_from_slice(&self.source.tail);
+        }
+        let lent = Lent { buffer: Some(buffer), len, home: self.home.clone() };
+        let index = extent / EXTENT_SIZE;
+        self.outbox.push_back(Piece::Data(Extent { index, bytes: Box::new(lent) }));
+        self.deliver()
     }
 
     /// What to do with a read that came back.
     fn settle(&mut self, (read, result): Finished) -> Result<()> {
         let extent = read.offset - read.range.start as u64;
-        let wanted = self.volume.len(extent);
+        let wanted = self.source.readable(extent);
         let came = match result {
             Ok(came) => came,
             Err(error) if puts_off(&error) && self.put_off < PATIENCE => {
@@ -235,22 +254,19 @@ impl Reading<'_> {
         self.put_off = 0;
         let filled = read.range.start + came;
         if filled >= wanted {
-            let lent = Lent { buffer: Some(read.buffer), len: wanted, home: self.home.clone() };
-            let index = extent / EXTENT_SIZE;
-            self.outbox.push_back(Piece::Data(Extent { index, bytes: Box::new(lent) }));
-            return self.deliver();
+            return self.lend(read.buffer, extent);
         }
         // Direct reads go on at a sector's start only. When that is no
         // progress, there is nothing more to come.
-        let again = filled - filled % self.volume.sector();
+        let again = filled - filled % self.source.sector();
         if again > read.range.start {
             return self.start(read.buffer, extent, again);
         }
-        let path = self.volume.facts.path.display();
+        let path = self.source.facts.path.display();
         let end = extent + filled as u64;
         Err(Error::new(
             Reason::ReadFailed,
-            format!("{path} ends at {end}, before its size of {}", self.volume.facts.size.get()),
+            format!("{path} ends at {end}, before its size of {}", self.source.facts.size.get()),
         )
         .advice("it was truncated while it was read: find out by what, then ask again"))
     }
@@ -272,40 +288,44 @@ impl Reading<'_> {
             }
         }
         let (extent, cause) = worst;
-        let len = self.volume.len(extent);
-        let found = self.volume.first_unreadable(extent..extent + len as u64);
+        let len = self.source.readable(extent);
+        let found = self.source.first_unreadable(extent..extent + len as u64);
         let (place, cause) = found.unwrap_or((extent..extent + len as u64, cause));
         let len = usize::try_from(place.end - place.start).unwrap_or(len);
-        Error::new(Reason::ReadFailed, self.volume.sentence(place.start, len))
+        Error::new(Reason::ReadFailed, self.source.sentence(place.start, len))
             .because(cause)
             .advice("the volume's device is failing: look into the kernel's log")
     }
 
     fn canceled(&self) -> Error {
-        let path = self.volume.facts.path.display();
+        let path = self.source.facts.path.display();
         Error::new(Reason::Canceled, format!("the reading of {path} was stopped"))
     }
 }
 
-impl Volume<'_> {
+impl Source {
     /// Bytes of the extent at offset `extent`.
-    fn len(self, extent: u64) -> usize {
-        let rest = self.facts.size.get().saturating_sub(extent);
-        usize::try_from(rest).map_or(EXTENT_LEN, |rest| rest.min(EXTENT_LEN))
+    fn len(&self, extent: u64) -> usize {
+        within_extent(self.facts.size.get(), extent)
     }
 
-    fn sector(self) -> usize {
+    /// How many of them can be read.
+    fn readable(&self, extent: u64) -> usize {
+        within_extent(self.facts.size.get() - self.tail.len() as u64, extent)
+    }
+
+    fn sector(&self) -> usize {
         usize::try_from(self.facts.sector_size).unwrap_or(EXTENT_LEN).clamp(1, EXTENT_LEN)
     }
 
-    fn sentence(self, offset: u64, len: usize) -> String {
+    fn sentence(&self, offset: u64, len: usize) -> String {
         let (len, path) = (ByteSize(len as u64), self.facts.path.display());
         format!("cannot read {len} at offset {offset} of {path}")
     }
 
     /// The first sector in `place` that cannot be read, and why. `None` when
     /// everything can be read now.
-    fn first_unreadable(self, place: Range<u64>) -> Option<(Range<u64>, io::Error)> {
+    fn first_unreadable(&self, place: Range<u64>) -> Option<(Range<u64>, io::Error)> {
         let mut place = place;
         let mut found = None;
         for step in [SEARCH_STEP.max(self.sector()), self.sector()] {
@@ -324,6 +344,12 @@ impl Volume<'_> {
         }
         found
     }
+}
+
+/// How many of the first `size` bytes lie in the extent at offset `extent`.
+fn within_extent(size: u64, extent: u64) -> usize {
+    let rest = size.saturating_sub(extent);
+    usize::try_from(rest).map_or(EXTENT_LEN, |rest| rest.min(EXTENT_LEN))
 }
 
 /// Whether the same read is to be asked for again.

@@ -224,6 +224,11 @@ impl Drop for ReadRing {
             }
             done.clear();
         }
+        // The kernel tears a closed ring down in its own time. The file must
+        // not stay open until then: it may be an exclusive one.
+        if let Err(error) = self.ring.submitter().unregister_files() {
+            tracing::warn!(%error, "a file that was read stays open a little longer");
+        }
     }
 }
 

@@ -1,0 +1,158 @@
+//! Takes hold of a volume, or says who has it.
+
+use std::{
+    fs::File,
+    os::{fd::AsFd, unix::fs::FileExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use super::{
+    Held, ReaderSettings,
+    holder::{Holder, Host, Openers},
+    map,
+    open::{self, Named, Opened},
+    qemu_lock::{self, Locked},
+    reader::Source,
+};
+use crate::{
+    error::{Context, Error, Reason, Result},
+    model::ByteSize,
+    port::VolumeFacts,
+    sys::{
+        ioctl::{Transform, loop_status},
+        stat::Identity,
+    },
+};
+
+/// How often a device is tried again that something claims and nobody shows.
+/// A program that was just started holds what its parent had open for a
+/// moment, and the kernel claims a disk while it looks for partitions.
+const CLAIM_TRIES: u32 = 10;
+/// Between two tries: half a second in all.
+const CLAIM_PAUSE: Duration = Duration::from_millis(50);
+
+/// Opens, locks, searches for holders, flushes and maps; in that order.
+pub(super) fn hold(
+    host: &Host,
+    allowed: &[PathBuf],
+    settings: ReaderSettings,
+    asked: &Path,
+) -> Result<Held> {
+    let named = Named::look_up(asked, allowed)?;
+    let (path, identity) = (named.path.clone(), named.identity);
+    let unknown = || format!("cannot find out who uses {}", path.display());
+    let subject = host.subject(identity).context(Reason::VolumeUnavailable, unknown)?;
+    let holder =
+        |openers| host.holder(&subject, openers).context(Reason::VolumeUnavailable, unknown);
+    let mut tries = 0;
+    let Opened { file, size, sector_size } = loop {
+        if let Some(opened) = named.open()? {
+            break opened;
+        }
+        match holder(Openers::Everyone)? {
+            Some(holder) => return Err(held(&path, &holder)),
+            None if tries == CLAIM_TRIES => return Err(held(&path, &Holder::Claimed)),
+            None => thread::sleep(CLAIM_PAUSE),
+        }
+        tries += 1;
+    };
+    let backing = backing_file(host, &file, identity, size);
+    let backing_file = backing.as_ref().map(|backing| &backing.file);
+    // First the locks, then the search: who comes between the two is stopped
+    // by the ones or found by the other.
+    let mut conflict = false;
+    for file in [Some(&file), backing_file].into_iter().flatten() {
+        let locked = qemu_lock::lock_against_writers(file)
+            .context(Reason::VolumeUnavailable, || format!("cannot lock {}", path.display()))?;
+        conflict |= locked == Locked::Conflict;
+    }
+    match holder(Openers::Writers)? {
+        Some(holder) => return Err(held(&path, &holder)),
+        None if conflict => return Err(held(&path, &Holder::Locked)),
+        None => {}
+    }
+    // A loop device's own cache lies above its file's.
+    open::flush(&file, &path)?;
+    let tail = cut_off_tail(&path, identity, size, sector_size, backing.as_ref())?;
+    let data = match (identity, &backing) {
+        (Identity::File { .. }, _) => map::data_of_file(&file, 0..size).ok(),
+        (_, Some(Backing { file, start })) => {
+            file.sync_data().and_then(|()| map::data_of_file(file, *start..*start + size)).ok()
+        }
+        (_, None) => None,
+    };
+    let facts = VolumeFacts {
+        path,
+        size: ByteSize(size),
+        sector_size,
+        // What cannot be mapped is read.
+        data: data.unwrap_or_else(|| map::everything(size)),
+    };
+    let source = Source { file: Arc::new(file), facts, tail };
+    Ok(Held { source, settings, _backing: backing.map(|backing| backing.file) })
+}
+
+/// The bytes behind the last whole sector of a device. Only a loop device
+/// ends within a sector (seen on Linux 6.18: 4096-byte sectors over a file
+/// that is no multiple), and nothing but its file can give them.
+fn cut_off_tail(
+    path: &Path,
+    identity: Identity,
+    size: u64,
+    sector_size: u32,
+    backing: Option<&Backing>,
+) -> Result<Vec<u8>> {
+    let len = match identity {
+        Identity::BlockDevice(_) => size % u64::from(sector_size),
+        // A file's tail is read like the rest.
+        Identity::File { .. } => 0,
+    };
+    let mut tail = vec![0; usize::try_from(len).unwrap_or_default()];
+    let cut_off =
+        || format!("the last {len} bytes of {} are in a sector that is cut off", path.display());
+    match backing {
+        _ if tail.is_empty() => {}
+        Some(Backing { file, start }) => file
+            .read_exact_at(&mut tail, start + size - len)
+            .context(Reason::VolumeUnavailable, cut_off)?,
+        None => {
+            return Err(Error::new(Reason::VolumeUnusable, cut_off()).field("boot_volume").advice(
+                "attach its file with a sector size that divides its length, or image the file",
+            ));
+        }
+    }
+    Ok(tail)
+}
+
+fn held(path: &Path, holder: &Holder) -> Error {
+    Error::new(Reason::VolumeHeld, format!("the volume {} is {holder}", path.display()))
+        .field("boot_volume")
+        .advice(holder.advice())
+}
+
+/// The file under a loop device.
+struct Backing {
+    file: File,
+    /// Where in it the device begins.
+    start: u64,
+}
+
+/// The regular file that shows which bytes of the loop device `device` are
+/// holes. `None` when there is no such file or any doubt.
+fn backing_file(host: &Host, device: &File, identity: Identity, size: u64) -> Option<Backing> {
+    let Identity::BlockDevice(number) = identity else { return None };
+    // A partition of a loop device answers the ioctl for its disk, but has no
+    // such file in sysfs.
+    let path = host.backing_file(number)?;
+    let status = loop_status(device.as_fd()).ok()?;
+    let same = Identity::File { device: status.device, inode: status.inode };
+    let file = open::open_same_file(&path, same).ok()??;
+    let end = status.offset.checked_add(size)?;
+    let whole = status.transform == Transform::None
+        && (status.size_limit == 0 || size <= status.size_limit)
+        && end <= file.metadata().ok()?.len();
+    whole.then_some(Backing { file, start: status.offset })
+}
