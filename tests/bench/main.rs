@@ -81,7 +81,8 @@ fn capture(name: &str, device: &Path, compression: &str, content: &str, report: 
         if round == 0 {
             check(&object, device);
         }
-        daemon.json(&["image", "delete", "--force", "--image-id", id]);
+        let delete = ["image", "delete", "--force", "--image-id", id];
+        assert!(daemon.imagectl(&delete).status.success());
 
         cold();
         let start = Instant::now();

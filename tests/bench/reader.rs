@@ -1,6 +1,6 @@
 //! The reader alone against fio: how near to the device's limit it comes.
 
-use std::{path::PathBuf, sync::mpsc::sync_channel, thread, time::Instant};
+use std::{path::Path, sync::mpsc::sync_channel, thread, time::Instant};
 
 use imaged::{block, port::Volumes as _};
 use tokio_util::sync::CancellationToken;
@@ -28,7 +28,7 @@ pub fn read_limit(volumes: &Volumes, report: &mut Report) {
     report.compare("read-limit", &ours, &peer);
 }
 
-fn read(device: &PathBuf) -> f64 {
+fn read(device: &Path) -> f64 {
     let host = block::HostVolumes::new(vec!["/dev".into()], block::ReaderSettings::default());
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let mut held = runtime.block_on(host.hold(device)).unwrap();
@@ -42,7 +42,7 @@ fn read(device: &PathBuf) -> f64 {
 }
 
 /// fio's own time for the reads, without its start.
-fn fio(device: &PathBuf) -> f64 {
+fn fio(device: &Path) -> f64 {
     let file = format!("--filename={}", device.display());
     let output = run(
         "fio",

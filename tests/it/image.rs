@@ -59,7 +59,8 @@ fn root_an_image_of_a_file_is_whole_verified_and_deleted() {
         let listed = daemon.json(&["image", "list", "--display-name", "golden"]);
         assert_eq!(listed["data"][0]["id"], id);
 
-        daemon.json(&["image", "delete", "--force", "--image-id", id]);
+        let delete = ["image", "delete", "--force", "--image-id", id];
+        assert!(daemon.imagectl(&delete).status.success());
         assert!(!stored.exists(), "something is left");
         let refusal = daemon.refusal(&["image", "get", "--image-id", id]);
         assert!(refusal.contains("there is no image"), "{refusal}");

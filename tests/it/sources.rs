@@ -1,6 +1,6 @@
 //! What may be imaged, and what an operator hears when it may not.
 
-use std::{fs, os::unix::fs::FileExt, process::Command};
+use std::{fs, process::Command};
 
 use crate::{
     image::daemon,
@@ -31,13 +31,12 @@ fn root_wrong_volumes_are_refused_with_advice() {
     sparse_file(&dir.path().join("large.raw"), 401 << 30, &[]);
 
     let mut said = String::new();
-    for volume in
-        ["DIR/missing.raw", "DIR/directory", "/dev/null", "DIR/empty.raw", "DIR/large.raw"]
-    {
+    let volumes =
+        ["DIR/missing.raw", "DIR/directory", "/dev/null", "DIR/empty.raw", "DIR/large.raw"];
+    for volume in volumes {
         said += &refusal(&daemon, &volume.replace("DIR", at), at);
         said += "\n";
     }
-    said += &refusal(&daemon, "web-1.raw", at);
     insta::assert_snapshot!(said);
 
     let outside = refusal(&daemon, "/etc/hostname", at);
@@ -166,8 +165,7 @@ fn root_a_volume_may_be_read_only_and_end_in_mid_sector() {
     let daemon = daemon(dir.path());
     for size in [1, 511, 4096 + 513, MIB - 1, MIB + 1] {
         let path = dir.path().join("odd.raw");
-        let file = fs::File::create(&path).unwrap();
-        file.write_all_at(&noise(size as usize, size), 0).unwrap();
+        fs::write(&path, noise(usize::try_from(size).unwrap(), size)).unwrap();
         let image = daemon.create(&path, &[]);
         let object = daemon.images().join(image["id"].as_str().unwrap()).join("image.qcow2");
         run(

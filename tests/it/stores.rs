@@ -56,8 +56,7 @@ fn root_a_store_that_becomes_read_only_fails_the_image() {
     let store = Mount::new("ext4", 512 * MIB);
     let daemon = daemon(&store, dir.path());
     let request = running(&daemon, &volume);
-    // The kernel refuses while files are open for writing: an error does it.
-    store.remount("ro,abort");
+    store.fail();
     let ended = wait_for("the end", Duration::from_secs(60), || {
         let request =
             daemon.json(&["work-request", "get", "--work-request-id", &request])["data"].clone();

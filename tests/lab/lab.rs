@@ -275,10 +275,12 @@ impl Mount {
         Self { at, device, _image: image }
     }
 
-    /// Mounts it again with `options`, e.g. `ro`.
-    pub fn remount(&self, options: &str) {
-        let options = format!("remount,{options}");
-        run("mount", &["-o", &options, self.at.path().to_str().unwrap()]);
+    /// Makes an ext4 read-only as a disk error does, also while files are
+    /// open for writing.
+    pub fn fail(&self) {
+        run("mount", &["-o", "remount,errors=remount-ro", self.at.path().to_str().unwrap()]);
+        let device = self.device.device.file_name().unwrap().to_str().unwrap();
+        fs::write(format!("/sys/fs/ext4/{device}/trigger_fs_error"), "test").unwrap();
     }
 }
 
@@ -317,5 +319,7 @@ pub fn noise(len: usize, seed: u64) -> Vec<u8> {
 /// Text that compresses.
 pub fn text(len: usize) -> Vec<u8> {
     let line = b"Nov 21 08:45:16 web-1 systemd[1]: Started imaged.service - custom images.\n";
-    line.iter().copied().cycle().take(len).collect()
+    let mut text = line.repeat(len / line.len() + 1);
+    text.truncate(len);
+    text
 }
