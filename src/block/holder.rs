@@ -249,13 +249,18 @@ impl Host {
 
     /// A program other than this that has the subject open.
     fn opener(&self, subject: &Subject, openers: Openers) -> io::Result<Option<Holder>> {
+        let mut hidden = 0_u32;
         for pid in names(&self.proc)?.iter().filter_map(|name| name.parse::<u32>().ok()) {
             if pid == process::id() {
                 continue;
             }
             let process = self.proc.join(pid.to_string());
             // Processes and descriptors go while one looks.
-            for descriptor in names(&process.join("fd")).unwrap_or_default() {
+            let descriptors = names(&process.join("fd")).unwrap_or_else(|error| {
+                hidden += u32::from(error.kind() == io::ErrorKind::PermissionDenied);
+                Vec::new()
+            });
+            for descriptor in descriptors {
                 let path = process.join("fd").join(&descriptor);
                 if !identity(&path).is_ok_and(|found| subject.has(found)) {
                     continue;
@@ -267,6 +272,12 @@ impl Host {
                     return Ok(Some(Holder::Process { name, pid, access }));
                 }
             }
+        }
+        if hidden > 0 {
+            tracing::warn!(
+                processes = hidden,
+                "cannot see which files some programs have open; imaged needs CAP_SYS_PTRACE"
+            );
         }
         Ok(None)
     }

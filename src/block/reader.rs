@@ -160,8 +160,9 @@ impl Reading<'_> {
                     if done.is_empty() && wait == Wait::No {
                         self.wait_for_buffer(ROOM_LATENCY);
                     }
-                    for finished in done.drain(..) {
-                        self.settle(finished)?;
+                    let mut batch = done.drain(..);
+                    while let Some(finished) = batch.next() {
+                        self.settle(finished, &mut batch)?;
                     }
                 }
             }
@@ -223,8 +224,8 @@ impl Reading<'_> {
         // kernel returns what there is.
         let end = self.source.readable(extent).next_multiple_of(sector).min(buffer.len());
         let read = Read { buffer, offset: extent + filled as u64, range: filled..end };
-        let start = read.offset;
-        self.queue.start(read).context(Reason::ReadFailed, || self.source.sentence(start, end))
+        let (offset, len) = (read.offset, read.range.len() as u64);
+        self.queue.start(read).context(Reason::ReadFailed, || self.source.sentence(offset, len))
     }
 
     /// Passes a buffer on that has all of the extent that can be read.
@@ -239,8 +240,12 @@ impl Reading<'_> {
         self.deliver()
     }
 
-    /// What to do with a read that came back.
-    fn settle(&mut self, (read, result): Finished) -> Result<()> {
+    /// What to do with a read that came back; `others` came back with it.
+    fn settle(
+        &mut self,
+        (read, result): Finished,
+        others: &mut dyn Iterator<Item = Finished>,
+    ) -> Result<()> {
         let extent = read.offset - read.range.start as u64;
         let wanted = self.source.readable(extent);
         let came = match result {
@@ -249,7 +254,7 @@ impl Reading<'_> {
                 self.put_off += 1;
                 return self.start(read.buffer, extent, read.range.start);
             }
-            Err(error) => return Err(self.unreadable(extent, error)),
+            Err(error) => return Err(self.unreadable(extent, error, others)),
         };
         self.put_off = 0;
         let filled = read.range.start + came;
@@ -262,37 +267,41 @@ impl Reading<'_> {
         if again > read.range.start {
             return self.start(read.buffer, extent, again);
         }
-        let path = self.source.facts.path.display();
+        let (path, size) = (self.source.facts.path.display(), self.source.facts.size.get());
         let end = extent + filled as u64;
         Err(Error::new(
             Reason::ReadFailed,
-            format!("{path} ends at {end}, before its size of {}", self.source.facts.size.get()),
+            format!("{path} has no bytes at offset {end}, within its size of {size}"),
         )
         .advice("it was truncated while it was read: find out by what, then ask again"))
     }
 
     /// Takes everything back, then names the first place that cannot be read.
-    fn unreadable(&mut self, extent: u64, cause: io::Error) -> Error {
-        let mut worst = (extent, cause);
-        let mut done = Vec::new();
+    fn unreadable(
+        &mut self,
+        extent: u64,
+        cause: io::Error,
+        others: &mut dyn Iterator<Item = Finished>,
+    ) -> Error {
+        let mut done: Vec<_> = others.collect();
         while self.queue.in_flight() > 0 {
             if self.queue.finished(Wait::ForOne, &mut done).is_err() {
                 break;
             }
-            for (read, result) in done.drain(..) {
-                let extent = read.offset - read.range.start as u64;
-                match result {
-                    Err(error) if extent < worst.0 && !puts_off(&error) => worst = (extent, error),
-                    _ => {}
-                }
-            }
         }
-        let (extent, cause) = worst;
-        let len = self.source.readable(extent);
-        let found = self.source.first_unreadable(extent..extent + len as u64);
-        let (place, cause) = found.unwrap_or((extent..extent + len as u64, cause));
-        let len = usize::try_from(place.end - place.start).unwrap_or(len);
-        Error::new(Reason::ReadFailed, self.source.sentence(place.start, len))
+        // Reads end in any order, and one that met a bad place may be short.
+        let mut suspects: Vec<u64> = done
+            .iter()
+            .filter(|(read, result)| !matches!(result, Ok(came) if *came == read.range.len()))
+            .map(|(read, _)| read.offset - read.range.start as u64)
+            .chain([extent])
+            .collect();
+        suspects.sort_unstable();
+        let readable = |extent| extent..extent + self.source.readable(extent) as u64;
+        let found = suspects.into_iter().find_map(|e| self.source.first_unreadable(readable(e)));
+        let (place, cause) = found.unwrap_or((readable(extent), cause));
+        let sentence = self.source.sentence(place.start, place.end - place.start);
+        Error::new(Reason::ReadFailed, sentence)
             .because(cause)
             .advice("the volume's device is failing: look into the kernel's log")
     }
@@ -318,8 +327,8 @@ impl Source {
         usize::try_from(self.facts.sector_size).unwrap_or(EXTENT_LEN).clamp(1, EXTENT_LEN)
     }
 
-    fn sentence(&self, offset: u64, len: usize) -> String {
-        let (len, path) = (ByteSize(len as u64), self.facts.path.display());
+    fn sentence(&self, offset: u64, len: u64) -> String {
+        let (len, path) = (ByteSize(len), self.facts.path.display());
         format!("cannot read {len} at offset {offset} of {path}")
     }
 
@@ -331,9 +340,13 @@ impl Source {
         for step in [SEARCH_STEP.max(self.sector()), self.sector()] {
             let mut buffer = AlignedBuf::zeroed(step);
             let bad = place.clone().step_by(step).find_map(|offset| {
+                let wanted = (place.end - offset).min(step as u64);
                 match self.file.read_at(&mut buffer[..step], offset) {
-                    Err(error) if !puts_off(&error) => Some((offset, error)),
-                    _ => None,
+                    Ok(came) if came as u64 >= wanted => None,
+                    // It stopped at the bad place.
+                    Ok(_) => Some((offset, io::ErrorKind::UnexpectedEof.into())),
+                    Err(error) if puts_off(&error) => None,
+                    Err(error) => Some((offset, error)),
                 }
             });
             // What can be read in sectors could not in one piece: the larger
