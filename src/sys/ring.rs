@@ -261,7 +261,7 @@ fn set_up(entries: u32) -> io::Result<(IoUring, Mode)> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs::File, io::Write, os::fd::AsFd};
+    use std::{fs::File, io::Write, os::fd::AsFd, time::Instant};
 
     use super::*;
 
@@ -344,6 +344,39 @@ mod tests {
         ring.finished(Wait::No, &mut Vec::new()).unwrap();
         drop(ring);
         assert!(memory.upgrade().is_none(), "a buffer stayed behind");
+    }
+
+    #[test]
+    #[ignore = "needs a kernel that allows io_uring"]
+    fn uring_waits_for_a_slow_read_when_it_is_dropped() {
+        let (empty, writer) = nix::unistd::pipe().unwrap();
+        let (slab, mut buffers) = Slab::cut(1, 4096);
+        let mut ring = ReadRing::new(empty.as_fd(), &slab).unwrap();
+        ring.start(Read { buffer: buffers.remove(0), offset: 0, range: 0..8 }).unwrap();
+        ring.finished(Wait::No, &mut Vec::new()).unwrap();
+        let late = Duration::from_millis(200);
+        let begin = Instant::now();
+        let writing = std::thread::spawn(move || {
+            std::thread::sleep(late);
+            nix::unistd::write(&writer, b"12345678").unwrap();
+        });
+        drop(ring);
+        assert!(begin.elapsed() >= late, "the kernel still had the buffer");
+        writing.join().unwrap();
+    }
+
+    #[test]
+    #[ignore = "needs a kernel that allows io_uring"]
+    fn uring_lets_go_of_the_file_when_it_is_dropped() {
+        // A pipe's reader sees the end when the last writer is closed.
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        let (slab, _buffers) = Slab::cut(1, 4096);
+        let ring = ReadRing::new(writer.as_fd(), &slab).unwrap();
+        drop(writer);
+        drop(ring);
+        nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
+            .unwrap();
+        assert_eq!(nix::unistd::read(&reader, &mut [0; 1]), Ok(0), "it is still open");
     }
 
     #[test]
