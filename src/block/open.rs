@@ -71,7 +71,9 @@ impl Named {
                 let inside = allowed.iter().any(|directory| path.starts_with(directory))
                     && !path.components().any(|part| part == Component::ParentDir);
                 return Err(if inside {
-                    Error::new(Reason::VolumeNotFound, sentence).field("boot_volume")
+                    Error::new(Reason::VolumeNotFound, sentence)
+                        .advice("look for a typing error; a logical volume must be active")
+                        .field("boot_volume")
                 } else {
                     not_allowed(path, allowed)
                 });
@@ -144,7 +146,9 @@ impl Named {
         };
         if size == 0 {
             let sentence = format!("the volume {} is empty", self.path.display());
-            return Err(Error::new(Reason::VolumeEmpty, sentence).field("boot_volume"));
+            return Err(Error::new(Reason::VolumeEmpty, sentence)
+                .advice("name a volume with bytes: a file of size 0 holds no system")
+                .field("boot_volume"));
         }
         Ok(Some(Opened { file, size, sector_size }))
     }

@@ -427,7 +427,8 @@ impl Work {
                 volume.display()
             );
             return Err(Error::new(Reason::VolumeTooLarge, context)
-                .advice("OCI takes images of at most 400 GB; `max_volume_size` sets the limit"));
+                .advice("OCI takes images of at most 400 GB; `max_volume_size` sets the limit")
+                .field("boot_volume"));
         }
         Ok(held)
     }
