@@ -292,8 +292,14 @@ fn what_is_no_volume_is_refused_by_its_nature() {
     VOLUME_UNUSABLE: /volumes/directory is a directory, not a volume
       help: name a block device or a file with a raw disk image
     ");
-    insta::assert_snapshot!(refused(&at("missing")), @"VOLUME_NOT_FOUND: there is no volume /volumes/missing");
-    insta::assert_snapshot!(refused(&at("empty")), @"VOLUME_EMPTY: the volume /volumes/empty is empty");
+    insta::assert_snapshot!(refused(&at("missing")), @"
+    VOLUME_NOT_FOUND: there is no volume /volumes/missing
+      help: look for a typing error; a logical volume must be active
+    ");
+    insta::assert_snapshot!(refused(&at("empty")), @"
+    VOLUME_EMPTY: the volume /volumes/empty is empty
+      help: name a volume with bytes: a file of size 0 holds no system
+    ");
     assert!(refused(&at("socket")).contains("/volumes/socket is a socket, not a volume"));
     assert!(refused(&at("pipe")).contains("/volumes/pipe is a pipe, not a volume"));
     assert!(refused(&at("empty/below")).starts_with("VOLUME_NOT_FOUND"));

@@ -125,25 +125,37 @@ pub fn run(
         outlet: Outlet { digests: Mutex::new(Vec::new()), parts, stop },
         meter,
     };
+    let outcomes = in_parallel(settings.threads, "encode", || line.work());
+    outcomes.into_iter().collect::<Result<()>>()?;
+    line.finish()
+}
+
+/// Does `work` on `threads` threads at `SCHED_IDLE`, the calling one among
+/// them, and returns what each says when all have ended.
+fn in_parallel<T: Send>(
+    threads: NonZeroUsize,
+    name: &str,
+    work: impl Fn() -> Result<T> + Sync,
+) -> Vec<Result<T>> {
+    let idle = || {
+        if let Err(cause) = sys::sched::set_idle() {
+            tracing::warn!(error = %cause, "{name} runs at normal priority");
+        }
+        work()
+    };
     thread::scope(|scope| {
-        let others: Vec<_> = (1..settings.threads.get())
+        let others: Vec<_> = (1..threads.get())
             .map(|index| {
-                thread::Builder::new()
-                    .name(format!("encode-{index}"))
-                    .spawn_scoped(scope, || line.work())
+                thread::Builder::new().name(format!("{name}-{index}")).spawn_scoped(scope, idle)
             })
             .collect();
-        let mut outcome = line.work();
-        for other in others {
-            let joined = match other {
-                Ok(thread) => thread.join().unwrap_or_else(|_| Err(defect("a thread panicked"))),
-                Err(cause) => Err(defect("a thread cannot be started").because(cause)),
-            };
-            outcome = outcome.and(joined);
-        }
-        outcome
-    })?;
-    line.finish()
+        let mut outcomes = vec![idle()];
+        outcomes.extend(others.into_iter().map(|other| match other {
+            Ok(thread) => thread.join().unwrap_or_else(|_| Err(defect("a thread panicked"))),
+            Err(cause) => Err(defect("a thread cannot be started").because(cause)),
+        }));
+        outcomes
+    })
 }
 
 fn defect(what: &str) -> Error {
@@ -171,9 +183,6 @@ struct Outlet<'a> {
 impl Line<'_> {
     /// One thread: until the pieces end.
     fn work(&self) -> Result<()> {
-        if let Err(cause) = sys::sched::set_idle() {
-            tracing::warn!(error = %cause, "encoding runs at normal priority");
-        }
         let mut encoder = Encoder::new(self.compression)
             .context(Reason::Internal, || "encoding: no compressor could be made")?;
         loop {

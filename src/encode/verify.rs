@@ -3,13 +3,12 @@
 use std::{
     num::NonZeroUsize,
     sync::atomic::{AtomicU64, Ordering},
-    thread,
 };
 
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
-use super::{Meter, canceled, defect};
+use super::{Meter, canceled, in_parallel};
 use crate::{
     error::{Error, Reason, Result},
     format::qcow2::{
@@ -21,7 +20,6 @@ use crate::{
         image::{EXTENT_SIZE, Stored},
     },
     port::ReadAt,
-    sys,
 };
 
 /// Where an image differs from what was stored: the first place found.
@@ -87,20 +85,7 @@ pub fn recompute(
         next_part: AtomicU64::new(0),
         next_extent: AtomicU64::new(0),
     };
-    let outcomes = thread::scope(|scope| {
-        let others: Vec<_> = (1..threads.get())
-            .map(|index| {
-                let name = format!("verify-{index}");
-                thread::Builder::new().name(name).spawn_scoped(scope, || check.work())
-            })
-            .collect();
-        let mut outcomes = vec![check.work()];
-        outcomes.extend(others.into_iter().map(|other| match other {
-            Ok(thread) => thread.join().unwrap_or_else(|_| Err(defect("a thread panicked"))),
-            Err(cause) => Err(defect("a thread cannot be started").because(cause)),
-        }));
-        outcomes
-    });
+    let outcomes = in_parallel(threads, "verify", || check.work());
     // A fault is worth more than the error of another thread.
     let mut error = None;
     for outcome in outcomes {
@@ -149,9 +134,6 @@ struct Check<'a> {
 
 impl Check<'_> {
     fn work(&self) -> Result<Option<Fault>> {
-        if let Err(cause) = sys::sched::set_idle() {
-            tracing::warn!(error = %cause, "verifying runs at normal priority");
-        }
         let found = self.parts().and_then(|fault| match fault {
             Some(fault) => Ok(Some(fault)),
             None => self.extents(),

@@ -276,7 +276,7 @@ impl Work {
     /// `IMAGE_NOT_FOUND`, `IMAGE_LOCKED`, `STORE_UNAVAILABLE`.
     pub async fn delete_image(&self, id: &ImageId) -> Result<()> {
         let image = self.0.catalogue.get(id).await?;
-        self.0.registry.check_unlocked(&admission::Lock::Image(image.id.clone()))?;
+        self.0.registry.check_unused(id)?;
         self.0.catalogue.delete(id).await?;
         tracing::info!(image = %id, name = image.record.display_name, "image deleted");
         Ok(())

@@ -13,7 +13,7 @@ use super::admission::{self, Admission, Denial, Known, Lock, Wanted};
 use crate::{
     error::{Error, Reason, Result},
     model::{
-        Timestamp, WorkRequestId,
+        ImageId, Timestamp, WorkRequestId,
         work_request::{Retry, Status, WorkRequest},
     },
 };
@@ -99,12 +99,19 @@ impl Registry {
         Ok(Admitted::New(request, job))
     }
 
-    /// Fails when something holds `lock`.
-    pub(super) fn check_unlocked(&self, lock: &Lock) -> Result<()> {
+    /// Fails while work on `image` goes on.
+    pub(super) fn check_unused(&self, image: &ImageId) -> Result<()> {
         let entries = self.entries();
-        match entries.iter().find(|(_, entry)| entry.lock.as_ref() == Some(lock)) {
+        let uses = |entry: &Entry| {
+            let request = entry.state.borrow();
+            entry.lock.is_some()
+                && request.resources.iter().any(|resource| resource.identifier == image.as_str())
+        };
+        match entries.iter().find(|(_, entry)| uses(entry)) {
             None => Ok(()),
-            Some((id, _)) => Err(Denial::Locked { holder: id.clone(), lock: lock.clone() }.into()),
+            Some((id, _)) => {
+                Err(Denial::Locked { holder: id.clone(), lock: Lock::Image(image.clone()) }.into())
+            }
         }
     }
 

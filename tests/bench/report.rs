@@ -33,7 +33,7 @@ impl Report {
 
     /// A single figure.
     pub fn value(&mut self, name: &str, value: f64, unit: &str) {
-        println!("bench-value: {name} {value:.3} {unit}");
+        println!("bench-value: {name} {value:.4} {unit}");
         self.values.insert(name.to_owned(), json!({"value": value, "unit": unit}));
     }
 

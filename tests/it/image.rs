@@ -148,3 +148,40 @@ fn root_asking_twice_is_asking_once() {
     assert!(create("silver", "t-2").status.success());
     assert_eq!(daemon.json(&["image", "list"])["data"].as_array().unwrap().len(), 2);
 }
+
+/// io_uring is refused to everyone until this is dropped.
+struct NoUring(String);
+
+const URING_DISABLED: &str = "/proc/sys/kernel/io_uring_disabled";
+
+impl NoUring {
+    fn new() -> Self {
+        let before = fs::read_to_string(URING_DISABLED).unwrap();
+        fs::write(URING_DISABLED, "2").unwrap();
+        Self(before)
+    }
+}
+
+impl Drop for NoUring {
+    fn drop(&mut self) {
+        fs::write(URING_DISABLED, &self.0).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs root and a kernel with io_uring"]
+fn root_a_kernel_that_refuses_io_uring_is_told_and_served() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let path = dir.path().join("web-1.raw");
+    volume(&path, 12_345);
+    // Daemons of other tests that start meanwhile read by threads too.
+    let _refused = NoUring::new();
+    let daemon = daemon(dir.path());
+    let host = daemon.json(&["host", "get"]);
+    let features = host["data"]["features"].as_array().unwrap();
+    let io_uring = features.iter().find(|feature| feature["name"] == "io_uring").unwrap();
+    assert_eq!(io_uring["available"], false, "{io_uring}");
+    assert!(io_uring["details"].as_str().unwrap().contains("io_uring_disabled"), "{io_uring}");
+    let image = daemon.create(&path, &[]);
+    judge(&daemon.images().join(image["id"].as_str().unwrap()).join("image.qcow2"), &path);
+}

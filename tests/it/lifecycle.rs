@@ -108,6 +108,11 @@ fn root_one_image_of_a_volume_at_a_time_and_cancelling_ends_it() {
 
     let said = daemon.refusal(&["image", "create", "--boot-volume", volume.to_str().unwrap()]);
     assert!(said.contains(&request), "the holder is not named: {said}");
+    let images = daemon.json(&["image", "list"]);
+    assert_eq!(images["data"][0]["lifecycle-state"], "PROVISIONING");
+    let image = images["data"][0]["id"].as_str().unwrap();
+    let said = daemon.refusal(&["image", "delete", "--force", "--image-id", image]);
+    assert!(said.contains(&request), "the holder is not named: {said}");
 
     let start = Instant::now();
     daemon.json(&["work-request", "cancel", "--work-request-id", &request]);
