@@ -5,16 +5,16 @@
 //! emits L2 tables and refcount blocks as they become complete. Only the
 //! header waits for the end.
 //!
-//! Compressed clusters are packed byte after byte into an open host cluster,
-//! the *pack*; raw clusters go behind it. So bytes are not strictly appended:
-//! the pack, less than a cluster, may lie behind the tail. [`Layout::settled`]
-//! tells below which offset nothing will change any more.
+//! Compressed clusters are packed byte after byte into open host clusters, the
+//! *packs*; raw clusters go behind them. So bytes are not strictly appended:
+//! what is left of a pack may be filled later. [`Layout::settled`] tells below
+//! which offset nothing will change any more.
 //!
 //! ```text
-//!   ──────────────── settled ─┐
-//!   ┌───────┬───────┬─────────▼─┬───────┬───────┐
-//!   │ final │ final │ pack ░░░░░│  raw  │  raw  │◄ tail
-//!   └───────┴───────┴───────────┴───────┴───────┘
+//!   ──────── settled ─┐
+//!   ┌───────┬─────────▼─┬───────┬────────┬───────┐
+//!   │ final │ pack ░░░░░│  raw  │ pack ░░│  raw  │◄ tail
+//!   └───────┴───────────┴───────┴────────┴───────┘
 //! ```
 
 use std::{collections::VecDeque, ops::Range};
@@ -24,6 +24,10 @@ use super::{
     SECTOR, header,
 };
 use crate::model::image::Compression;
+
+/// Packs that are kept open: enough that what raw clusters cut off is filled
+/// by the next small clusters.
+const MAX_PACKS: usize = 16;
 
 /// Takes bytes of the image that belong at an offset.
 pub trait Emit {
@@ -43,8 +47,8 @@ pub struct Layout {
     next_guest: u64,
     /// End of the allocated host clusters.
     tail: u64,
-    /// Free bytes of the open cluster of compressed data.
-    pack: Range<u64>,
+    /// Free bytes of open clusters of compressed data; none is empty.
+    packs: Vec<Range<u64>>,
     l1: Vec<u64>,
     /// Entries of the L2 table that is being filled; empty: none yet.
     l2: Vec<u64>,
@@ -94,7 +98,7 @@ impl Layout {
             guest_clusters,
             next_guest: 0,
             tail: CLUSTER_SIZE,
-            pack: 0..0,
+            packs: Vec::new(),
             l1: Vec::new(),
             l2: Vec::new(),
             l2_index: 0,
@@ -141,21 +145,24 @@ impl Layout {
     /// header excepted.
     #[must_use]
     pub fn settled(&self) -> u64 {
-        if self.pack.is_empty() { self.tail } else { self.pack.start }
+        self.packs.iter().map(|pack| pack.start).fold(self.tail, u64::min)
     }
 
-    /// Gives up the pack's free bytes if it lies below `offset` and apart
+    /// Gives up the free bytes of packs that lie below `offset` and apart
     /// from the tail, so that everything below can leave.
     pub fn settle(&mut self, offset: u64, out: &mut impl Emit) {
-        if self.pack.end < self.tail && self.pack.start < offset {
-            self.close_pack(out);
+        let tail = self.tail;
+        for pack in self.packs.extract_if(.., |pack| pack.start < offset && pack.end < tail) {
+            fill(&pack, out);
         }
     }
 
     /// Emits what is left but the header, and tells the rest.
     pub fn finish(mut self, out: &mut impl Emit) -> Finished {
         self.flush_l2(out);
-        self.close_pack(out);
+        for pack in std::mem::take(&mut self.packs) {
+            fill(&pack, out);
+        }
         self.l1.resize(self.guest_clusters.div_ceil(L2_ENTRIES) as usize, 0);
         self.header.l1_entries = self.l1.len() as u32;
         self.header.l1_offset = self.tail;
@@ -198,33 +205,36 @@ impl Layout {
         offset
     }
 
-    /// Room for `len` bytes of compressed data; may begin in the open
-    /// cluster and go on in a new one, when that follows it.
+    /// Room for `len` bytes of compressed data: in the pack that they fit
+    /// best, else from the pack at the tail on into new clusters.
     fn pack(&mut self, len: u64, out: &mut impl Emit) -> u64 {
-        let fits = len <= self.pack.end - self.pack.start;
-        let grows = self.pack.end == self.tail && !self.pack.is_empty();
-        if !fits && !grows {
-            self.close_pack(out);
-            self.pack = self.tail..self.tail;
-        }
-        let offset = self.pack.start;
-        let end = offset + len;
+        let free = |pack: &Range<u64>| pack.end - pack.start;
+        let packs = || self.packs.iter().enumerate();
+        let fits = packs().filter(|(_, pack)| free(pack) >= len).min_by_key(|(_, pack)| free(pack));
+        let found = fits.or_else(|| packs().find(|(_, pack)| pack.end == self.tail));
+        let mut pack = match found.map(|(index, _)| index) {
+            Some(index) => self.packs.swap_remove(index),
+            None => self.tail..self.tail,
+        };
+
+        let offset = pack.start;
+        pack.start += len;
         // A cluster is counted once for each compressed cluster in it.
         if !offset.is_multiple_of(CLUSTER_SIZE) {
             self.refcounts.add(offset / CLUSTER_SIZE);
         }
-        while self.pack.end < end {
-            self.pack.end = self.allocate() + CLUSTER_SIZE;
+        while pack.end < pack.start {
+            pack.end = self.allocate() + CLUSTER_SIZE;
         }
-        self.pack.start = end;
+        if !pack.is_empty() {
+            self.packs.push(pack);
+        }
+        if self.packs.len() > MAX_PACKS
+            && let Some((index, _)) = self.packs.iter().enumerate().min_by_key(|(_, p)| free(p))
+        {
+            fill(&self.packs.swap_remove(index), out);
+        }
         offset
-    }
-
-    /// Fills the rest of the open cluster with zeroes.
-    fn close_pack(&mut self, out: &mut impl Emit) {
-        static ZEROES: [u8; CLUSTER_SIZE as usize] = [0; CLUSTER_SIZE as usize];
-        let pack = std::mem::take(&mut self.pack);
-        out.emit(pack.start, &ZEROES[..(pack.end - pack.start) as usize]);
     }
 
     fn flush_l2(&mut self, out: &mut impl Emit) {
@@ -283,6 +293,12 @@ impl Refcounts {
         out.emit(offset, &bytes);
         self.table.push(offset);
     }
+}
+
+/// Fills the rest of a pack with zeroes.
+fn fill(pack: &Range<u64>, out: &mut impl Emit) {
+    static ZEROES: [u8; CLUSTER_SIZE as usize] = [0; CLUSTER_SIZE as usize];
+    out.emit(pack.start, &ZEROES[..(pack.end - pack.start) as usize]);
 }
 
 /// Entries as big-endian bytes, filled with zeroes to whole clusters.
