@@ -1,7 +1,7 @@
 //! From pieces of a volume to parts of a qcow2, in parallel and in order.
 //!
 //! Every thread does everything: it takes a piece, digests and compresses it,
-//! and hands it to the [`assembler`](assembler), which appends what is next
+//! and hands it to the `assembler`, which appends what is next
 //! in order; whoever completes a part hashes it and sends it on. So there is
 //! one knob, the number of threads, and one place that waits, the channel of
 //! parts: backpressure from the store stops the threads, and they, holding
@@ -104,7 +104,7 @@ pub struct Encoded {
 /// ended and all parts were taken.
 ///
 /// Blocks, and lowers the priority of its thread: call it on a thread of its
-/// own. At most [`window::POOL`] part buffers and the first part are alive.
+/// own. At most `window::POOL` part buffers and the first part are alive.
 ///
 /// # Errors
 ///

@@ -1,7 +1,7 @@
 //! The core: what a work request does, step by step.
 //!
 //! [`Work`] is what the API calls. It decides by [`admission`], gives each
-//! accepted request a task of its own ([`driver`]) and shows what the task
+//! accepted request a task of its own (`driver`) and shows what the task
 //! publishes. A caller that hangs up cancels nothing.
 //!
 //! ```text
