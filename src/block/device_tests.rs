@@ -31,7 +31,12 @@ struct Loop(PathBuf);
 
 impl Loop {
     fn over(file: &Path, options: &[&str]) -> Self {
-        let made = run(Command::new("losetup").args(["--find", "--show"]).args(options).arg(file));
+        let made = run(Command::new("flock")
+            // One at a time: a losetup that lost the race for a free device
+            // has the winner's open for a moment.
+            .args(["/dev/loop-control", "losetup", "--find", "--show"])
+            .args(options)
+            .arg(file));
         Self(made.trim().into())
     }
 

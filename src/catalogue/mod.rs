@@ -91,9 +91,11 @@ impl Catalogue {
     ///
     /// `IMAGE_NOT_FOUND`, `STORE_UNAVAILABLE`.
     pub async fn get(&self, id: &ImageId) -> Result<Image> {
+        // First what is being made: it may be sealed while the stores answer.
+        let provisioning = self.lock().get(id).cloned();
         match self.find(id).await {
             Ok(found) => Ok(found.image),
-            Err(error) => self.lock().get(id).cloned().ok_or(error),
+            Err(error) => provisioning.ok_or(error),
         }
     }
 

@@ -108,7 +108,7 @@ pub struct Encoded {
 ///
 /// # Errors
 ///
-/// `CANCELED` after `stop`, or when nobody takes parts or the pieces ended
+/// Every error cancels `stop`. `CANCELED` after `stop`, or when nobody takes parts or the pieces ended
 /// early; the one who caused that knows why.
 pub fn run(
     settings: &Settings,
@@ -125,8 +125,17 @@ pub fn run(
         outlet: Outlet { digests: Mutex::new(Vec::new()), parts, stop },
         meter,
     };
-    let outcomes = in_parallel(settings.threads, "encode", || line.work());
-    outcomes.into_iter().collect::<Result<()>>()?;
+    let outcomes = in_parallel(settings.threads, "encode", || {
+        // A thread that fails, or panics, takes an extent with it: the others
+        // would wait for it for ever.
+        let others = stop.clone().drop_guard();
+        line.work().inspect(|()| drop(others.disarm()))
+    });
+    let (stopped, failed): (Vec<_>, Vec<_>) = (outcomes.into_iter().filter_map(Result::err))
+        .partition(|error| error.reason() == Reason::Canceled);
+    if let Some(error) = failed.into_iter().chain(stopped).next() {
+        return Err(error);
+    }
     line.finish()
 }
 

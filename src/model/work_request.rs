@@ -90,7 +90,9 @@ impl WorkRequest {
 /// A retry token and what it was first used for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Retry {
-    /// The token, scoped to its user.
+    /// Whose token it is: tokens of different users differ.
+    pub user: String,
+    /// The token.
     pub token: String,
     /// BLAKE3 of the request, in hex: the same token with another request is
     /// an error.

@@ -103,16 +103,14 @@ pub fn lookup<'a>(
     mut known: impl Iterator<Item = Known<'a>>,
 ) -> Admission {
     let Some(retry) = retry else { return Admission::Accept };
-    // The token is stored behind its user's name.
-    let token = retry.token.split_once('/').map_or(retry.token.as_str(), |(_, token)| token);
-    if token.len() > RETRY_TOKEN_LEN {
+    if retry.token.len() > RETRY_TOKEN_LEN {
         return Admission::Deny(Denial::TokenTooLong);
     }
     let fresh = |known: &Known<'_>| {
         now.as_millis().saturating_sub(known.time_accepted.as_millis()) < RETRY_TOKEN_MILLIS
     };
-    let same = known
-        .find(|known| known.retry.is_some_and(|other| other.token == retry.token) && fresh(known));
+    let equal = |other: &Retry| (&other.user, &other.token) == (&retry.user, &retry.token);
+    let same = known.find(|known| known.retry.is_some_and(equal) && fresh(known));
     match same {
         None => Admission::Accept,
         Some(known) if known.retry == Some(retry) => Admission::Known(known.id.clone()),
@@ -162,7 +160,7 @@ mod tests {
     }
 
     fn retry(token: &str, fingerprint: &str) -> Retry {
-        Retry { token: format!("uid 0/{token}"), fingerprint: fingerprint.into() }
+        Retry { user: "uid 0".into(), token: token.into(), fingerprint: fingerprint.into() }
     }
 
     #[test]

@@ -180,10 +180,6 @@ impl Work {
         }
         check_name(wanted.display_name.as_deref())?;
         let (origin, instance) = self.origin(&wanted).await?;
-        // Wrong orders fail at once, not when their turn comes. The volume
-        // is let go again: a queue must not keep a VM from starting.
-        drop(self.preflight(instance.as_ref(), &origin.source_volume).await?);
-
         let now = self.0.ports.clock.now();
         let id = ImageId::generate(now, self.0.ports.clock.random());
         let compartment_id = wanted
@@ -214,24 +210,34 @@ impl Work {
             retry,
         );
         let lock = admission::Lock::Source(image.origin.source_volume.clone());
-        let request = match self.0.admit(request, lock).await? {
+        let (request, job) = match self.0.reserve(request, lock)? {
             registry::Admitted::Known(known) => {
                 return Ok((self.image_of(&known).await?, known));
             }
-            registry::Admitted::New(request, job) => {
-                self.0.catalogue.begin(image.clone());
-                driver::spawn(
-                    self,
-                    job,
-                    driver::Task::Capture(Box::new(capture::Capture {
-                        image: image.clone(),
-                        instance,
-                    })),
-                );
-                request
-            }
+            registry::Admitted::New(request, job) => (request, job),
         };
+        self.0.catalogue.begin(image.clone());
+        if let Err(error) = self.accept(&request, instance.as_ref(), &image).await {
+            self.0.catalogue.end(&image.id);
+            self.0.registry.forget(&request.id);
+            return Err(error);
+        }
+        let capture = capture::Capture { image: image.clone(), instance };
+        driver::spawn(self, job, driver::Task::Capture(Box::new(capture)));
         Ok((Some(image), request))
+    }
+
+    /// The last look at an order that nobody else can make now. Wrong orders
+    /// fail at once, not when their turn comes. The volume is let go again: a
+    /// queue must not keep a VM from starting.
+    async fn accept(
+        &self,
+        request: &WorkRequest,
+        instance: Option<&Instance>,
+        image: &Image,
+    ) -> Result<()> {
+        drop(self.preflight(instance, &image.origin.source_volume).await?);
+        self.0.keep(request).await
     }
 
     /// Accepts an order to verify an image.
@@ -260,9 +266,13 @@ impl Work {
             retry,
         );
         let lock = admission::Lock::Image(wanted.image_id);
-        match self.0.admit(request, lock).await? {
+        match self.0.reserve(request, lock)? {
             registry::Admitted::Known(known) => Ok(known),
             registry::Admitted::New(request, job) => {
+                if let Err(error) = self.0.keep(&request).await {
+                    self.0.registry.forget(&request.id);
+                    return Err(error);
+                }
                 driver::spawn(self, job, driver::Task::Verify(Box::new(found)));
                 Ok(request)
             }
@@ -467,25 +477,25 @@ impl Inner {
         self.registry.known(retry, self.ports.clock.now())
     }
 
-    /// Registers and journals a request, unless it must not run.
-    async fn admit(
-        &self,
-        request: WorkRequest,
-        lock: admission::Lock,
-    ) -> Result<registry::Admitted> {
+    /// Registers a request, unless it must not run. From here on others are
+    /// told of it.
+    fn reserve(&self, request: WorkRequest, lock: admission::Lock) -> Result<registry::Admitted> {
         if self.closing.is_cancelled() {
             return Err(Error::new(Reason::DaemonStopped, "imaged is being stopped"));
         }
-        let max = self.settings.max_queued;
-        let admitted = self.registry.admit(request, lock, max, self.closing.child_token())?;
-        if let registry::Admitted::New(request, _) = &admitted {
-            if let Err(error) = self.ports.journal.put(request).await {
-                self.registry.forget(&request.id);
-                return Err(error);
-            }
-            self.ports.journal.forget(&self.registry.evict()).await?;
+        self.registry.admit(request, lock, self.settings.max_queued, self.closing.child_token())
+    }
+
+    /// Makes a new request durable, and forgets what is too old.
+    async fn keep(&self, request: &WorkRequest) -> Result<()> {
+        self.ports.journal.put(request).await?;
+        let evicted = self.registry.evict();
+        if !evicted.is_empty()
+            && let Err(error) = self.ports.journal.forget(&evicted).await
+        {
+            tracing::error!("{error:?}");
         }
-        Ok(admitted)
+        Ok(())
     }
 }
 
@@ -550,10 +560,13 @@ fn fingerprint(wanted: &CreateImage) -> String {
     )
 }
 
-/// Tokens are each user's own.
-fn retry(token: &Option<String>, user: &str, words: &str) -> Option<Retry> {
+/// Tokens are each user's own: `uid 1000`, without the name, which a slow
+/// directory service may fail to tell the next time.
+fn retry(token: &Option<String>, requested_by: &str, words: &str) -> Option<Retry> {
+    let user = requested_by.split(" (").next().unwrap_or(requested_by);
     token.as_ref().map(|token| Retry {
-        token: format!("{user}/{token}"),
+        user: user.to_owned(),
+        token: token.clone(),
         fingerprint: blake3::hash(words.as_bytes()).to_string(),
     })
 }

@@ -4,7 +4,7 @@
 use super::{Ports, tracker};
 use crate::{
     error::{Error, Reason, Result},
-    model::work_request::{Status, WorkRequest},
+    model::work_request::{Action, Resource, Status, WorkRequest},
 };
 
 /// Removes what dead uploads left and ends the requests that they belonged
@@ -23,15 +23,36 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
     let mut requests = ports.journal.load().await?;
     for request in requests.iter_mut().filter(|request| !request.status.is_final()) {
         let now = ports.clock.now();
-        let error = Error::new(Reason::DaemonStopped, "imaged died before the work was done")
-            .advice("nothing is left of it; ask again");
-        let status = match request.status {
-            Status::Canceling => Status::Canceled,
-            _ => Status::Failed,
-        };
-        request.finish(status, Some(tracker::entry(&error, now)), now);
+        if made_its_image(ports, request).await {
+            request.finish(Status::Succeeded, None, now);
+        } else {
+            let error = Error::new(Reason::DaemonStopped, "imaged died before the work was done")
+                .advice("no image came of it, and its remains are removed; ask again");
+            let status = match request.status {
+                Status::Canceling => Status::Canceled,
+                _ => Status::Failed,
+            };
+            request.finish(status, Some(tracker::entry(&error, now)), now);
+        }
         ports.journal.put(request).await?;
-        tracing::warn!(work_request = %request.id, "ended: imaged had died before it was done");
+        tracing::warn!(work_request = %request.id, status = ?request.status,
+            "ended: imaged had died before it was done");
     }
     Ok(requests)
+}
+
+/// Whether imaged died between the last step, which makes the image exist,
+/// and telling of it.
+async fn made_its_image(ports: &Ports, request: &WorkRequest) -> bool {
+    let made = |resource: &&Resource| resource.action == Action::InProgress;
+    let image = request.resources.iter().find(made);
+    let Some(id) = image.and_then(|image| image.identifier.parse().ok()) else { return false };
+    for store in &ports.stores {
+        match store.get(&id).await {
+            Ok(Some(_)) => return true,
+            Ok(None) => {}
+            Err(error) => tracing::error!(store = store.name(), "{error:?}"),
+        }
+    }
+    false
 }

@@ -187,10 +187,13 @@ fn lookup(
         })
         .collect();
     let admission = decide(known.into_iter());
+    // From the guards that are held: borrowing again could wait for a writer
+    // that waits for them.
     let request = match &admission {
-        Admission::Known(id) => entries.get(id).map(|entry| entry.state.borrow().clone()),
+        Admission::Known(found) => states.iter().find(|(id, _, _)| *id == found),
         _ => None,
     };
+    let request = request.map(|(_, _, state)| WorkRequest::clone(state));
     (admission, request)
 }
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use crate::{
-    lab::{Config, Daemon, failing_start, run, scratch, sparse_file, text, wait_for},
+    lab::{Config, Daemon, Loop, failing_start, run, scratch, sparse_file, text, wait_for},
     sources::assert_nothing_left,
 };
 
@@ -102,11 +102,15 @@ fn root_a_client_that_disappears_changes_nothing() {
 #[ignore = "needs root"]
 fn root_one_image_of_a_volume_at_a_time_and_cancelling_ends_it() {
     let dir = tempfile::tempdir_in(scratch()).unwrap();
-    let volume = slow_volume(dir.path());
-    let daemon = Daemon::start(&config(dir.path()));
+    // A device, which the first capture holds against everyone else's O_EXCL:
+    // the second must be refused for the right reason.
+    let device = Loop::attach(&slow_volume(dir.path()), 512);
+    let volume = device.device.clone();
+    let daemon = Daemon::start(&config(Path::new("/dev")));
     let request = running(&daemon, &volume);
 
     let said = daemon.refusal(&["image", "create", "--boot-volume", volume.to_str().unwrap()]);
+    assert!(said.contains("SOURCE_LOCKED"), "{said}");
     assert!(said.contains(&request), "the holder is not named: {said}");
     let images = daemon.json(&["image", "list"]);
     assert_eq!(images["data"][0]["lifecycle-state"], "PROVISIONING");
@@ -124,6 +128,7 @@ fn root_one_image_of_a_volume_at_a_time_and_cancelling_ends_it() {
     // Cancelling what has ended is success, and the volume is free.
     daemon.json(&["work-request", "cancel", "--work-request-id", &request]);
     running(&daemon, &volume);
+    daemon.stop();
 }
 
 #[test]

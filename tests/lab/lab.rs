@@ -243,7 +243,10 @@ impl Loop {
     pub fn attach(file: &Path, sector_size: u32) -> Self {
         let sectors = format!("--sector-size={sector_size}");
         let file = file.to_str().unwrap();
-        let device = run("losetup", &["--find", "--show", "--direct-io=on", &sectors, file]);
+        // One at a time: a losetup that lost the race for a free device has
+        // the winner's open for a moment.
+        let attach = ["/dev/loop-control", "losetup", "--find", "--show", "--direct-io=on"];
+        let device = run("flock", &[&attach[..], &[&sectors, file]].concat());
         Self { device: device.into() }
     }
 }

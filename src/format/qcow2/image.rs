@@ -227,7 +227,12 @@ impl Decoder {
 }
 
 fn read(object: &dyn ReadAt, buf: &mut [u8], offset: u64) -> Result<(), ReadError> {
-    object.read_at(buf, offset).map_err(|source| ReadError::Io { offset, source })
+    object.read_at(buf, offset).map_err(|source| match source.kind() {
+        std::io::ErrorKind::UnexpectedEof => {
+            FormatError::Damaged("it names bytes beyond its end").into()
+        }
+        _ => ReadError::Io { offset, source },
+    })
 }
 
 fn read_table(object: &dyn ReadAt, offset: u64, entries: usize) -> Result<Vec<u64>, ReadError> {

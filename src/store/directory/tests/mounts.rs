@@ -10,7 +10,10 @@ struct Mounted<'a>(&'a Bench);
 impl<'a> Mounted<'a> {
     fn new(bench: &'a Bench, arguments: &[&str]) -> Self {
         fs::create_dir(bench.path()).unwrap();
-        run(Command::new("mount").args(arguments).arg(bench.path()));
+        // One loop device at a time: who loses the race for a free one has the
+        // winner's open for a moment.
+        let mut mount = Command::new("flock");
+        run(mount.args(["/dev/loop-control", "mount"]).args(arguments).arg(bench.path()));
         Self(bench)
     }
 
