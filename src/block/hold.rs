@@ -16,6 +16,7 @@ use super::{
     open::{self, Named, Opened},
     qemu_lock::{self, Locked},
     reader::Source,
+    writes::Writes,
 };
 use crate::{
     error::{Context, Error, Reason, Result},
@@ -76,6 +77,8 @@ pub(super) fn hold(
     }
     // A loop device's own cache lies above its file's.
     open::flush(&file, &path)?;
+    let writes = Writes::until_now(host, identity, &file)
+        .context(Reason::VolumeUnavailable, || format!("cannot measure {}", path.display()))?;
     let tail = cut_off_tail(&path, identity, size, sector_size, backing.as_ref())?;
     let data = match (identity, &backing) {
         (Identity::File { .. }, _) => map::data_of_file(&file, 0..size).ok(),
@@ -92,7 +95,7 @@ pub(super) fn hold(
         data: data.unwrap_or_else(|| map::everything(size)),
     };
     let source = Source { file: Arc::new(file), facts, tail };
-    Ok(Held { source, settings, _backing: backing.map(|backing| backing.file) })
+    Ok(Held { source, settings, _backing: backing.map(|backing| backing.file), writes })
 }
 
 /// The bytes behind the last whole sector of a device. Only a loop device

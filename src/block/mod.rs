@@ -22,6 +22,7 @@ mod queue;
 mod reader;
 #[cfg(test)]
 mod tests;
+mod writes;
 
 use std::{
     fmt,
@@ -34,6 +35,7 @@ use std::{
 
 use tokio_util::sync::CancellationToken;
 
+use self::writes::Writes;
 use self::{hold::hold, holder::Host, reader::Source};
 pub use self::{queue::Engine, reader::ReaderSettings};
 use crate::{
@@ -112,6 +114,8 @@ struct Held {
     settings: ReaderSettings,
     /// The file under a loop device, with QEMU's locks.
     _backing: Option<File>,
+    /// What was written before.
+    writes: Writes,
 }
 
 impl fmt::Debug for Held {
@@ -126,6 +130,7 @@ impl HeldVolume for Held {
     }
 
     fn read(&mut self, pieces: &SyncSender<Piece>, stop: &CancellationToken) -> Result<()> {
-        reader::read(&self.source, self.settings, pieces, stop)
+        reader::read(&self.source, self.settings, pieces, stop)?;
+        self.writes.none_since(&self.source.file, &self.source.facts.path)
     }
 }

@@ -86,16 +86,25 @@ pub fn recompute(
         next_extent: AtomicU64::new(0),
     };
     let outcomes = in_parallel(threads, "verify", || check.work());
-    // A fault is worth more than the error of another thread.
+    // A fault is worth more than the error of another thread, and one of the
+    // object's bytes more than what follows from it.
     let mut error = None;
+    let mut found = None;
     for outcome in outcomes {
         match outcome {
             Ok(None) => {}
-            Ok(Some(fault)) => return Ok(Some(fault)),
+            Ok(Some(fault)) => {
+                if found.is_none() || matches!(fault, Fault::Part { .. }) {
+                    found = Some(fault);
+                }
+            }
             Err(failed) => error = Some(failed),
         }
     }
-    error.map_or(Ok(None), Err)
+    match (found, error) {
+        (None, Some(error)) => Err(error),
+        (found, _) => Ok(found),
+    }
 }
 
 /// What can be told without reading the object.

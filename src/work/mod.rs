@@ -179,7 +179,7 @@ impl Work {
             return Ok((self.image_of(&known).await?, known));
         }
         check_name(wanted.display_name.as_deref())?;
-        let (origin, instance) = self.origin(&wanted).await?;
+        let (origin, instance) = self.origin(&wanted)?;
         let now = self.0.ports.clock.now();
         let id = ImageId::generate(now, self.0.ports.clock.random());
         let compartment_id = wanted
@@ -209,7 +209,9 @@ impl Work {
             wanted.requested_by,
             retry,
         );
-        let lock = admission::Lock::Source(image.origin.source_volume.clone());
+        // The volume is opened by the path that was asked for: by the time its
+        // turn comes, /dev/dm-3 may be another's.
+        let lock = admission::Lock::Source(resolve(image.origin.source_volume.clone()).await);
         let (request, job) = match self.0.reserve(request, lock)? {
             registry::Admitted::Known(known) => {
                 return Ok((self.image_of(&known).await?, known));
@@ -382,7 +384,7 @@ impl Work {
     }
 
     /// What is settled about the image, and its instance.
-    async fn origin(&self, wanted: &CreateImage) -> Result<(Origin, Option<Instance>)> {
+    fn origin(&self, wanted: &CreateImage) -> Result<(Origin, Option<Instance>)> {
         let instance = match &wanted.source {
             Source::Instance(id) => Some(self.instance(id)?.clone()),
             Source::BootVolume(_) => None,
@@ -396,7 +398,7 @@ impl Work {
         let origin = Origin {
             time_created: self.0.ports.clock.now(),
             source_instance_id: of_instance.map(|instance| instance.id.clone()),
-            source_volume: resolve(source_volume).await,
+            source_volume,
             base_image_id: of_instance.and_then(|instance| instance.base_image_id.clone()),
             os: of_instance.map_or_else(OperatingSystem::default, |instance| instance.os.clone()),
             architecture: self.0.settings.architecture.clone(),

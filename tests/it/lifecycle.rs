@@ -132,6 +132,28 @@ fn root_one_image_of_a_volume_at_a_time_and_cancelling_ends_it() {
 }
 
 #[test]
+#[ignore = "needs root and loop devices"]
+fn root_a_writer_that_comes_meanwhile_fails_the_image() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let device = Loop::attach(&slow_volume(dir.path()), 512);
+    let daemon = Daemon::start(&config(Path::new("/dev")));
+    let request = running(&daemon, &device.device);
+
+    // Through a node of its own, as a QEMU in its own mount namespace has:
+    // neither O_EXCL nor QEMU's lock bytes meet there.
+    let node = dir.path().join("node");
+    let number = run("stat", &["-c", "%Hr %Lr", device.device.to_str().unwrap()]);
+    let (major, minor) = number.split_once(' ').unwrap();
+    run("mknod", &[node.to_str().unwrap(), "b", major, minor]);
+    let of = format!("of={}", node.display());
+    run("dd", &["if=/dev/zero", &of, "bs=4096", "count=1", "oflag=direct", "conv=notrunc"]);
+
+    let said = daemon.refusal(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(said.contains("was written to while it was read"), "{said}");
+    assert_nothing_left(&daemon);
+}
+
+#[test]
 #[ignore = "needs root"]
 fn root_sigterm_in_the_middle_leaves_nothing() {
     let dir = tempfile::tempdir_in(scratch()).unwrap();

@@ -19,7 +19,7 @@ use tokio::sync::RwLock;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    CLAIM, EXTENTS, MANIFEST, OBJECT, RECORD, Store,
+    CLAIM, EXTENTS, MANIFEST, MAX_MANIFEST, OBJECT, RECORD, Store,
     claim::{Claim, Claimed},
     files::{self, Dir, During},
     object::ObjectFile,
@@ -218,6 +218,14 @@ impl Open {
         })?;
         let record = json(id, &sealed.record)?;
         let manifest = json(id, &sealed.manifest)?;
+        if manifest.len() as u64 > MAX_MANIFEST.get() {
+            let context = format!(
+                "the manifest of image {id} has {} and no reader takes more than {MAX_MANIFEST}",
+                ByteSize(manifest.len() as u64)
+            );
+            return Err(Error::new(Reason::VolumeTooLarge, context)
+                .advice("image a smaller volume, and lower max_volume_size"));
+        }
 
         self.object.sync().during(|| format!("cannot make {path}/{OBJECT} durable"))?;
         for (name, bytes) in [(EXTENTS, &sealed.extent_digests), (RECORD, &record)] {
