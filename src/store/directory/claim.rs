@@ -28,7 +28,7 @@ const MAX_CLAIM: ByteSize = ByteSize(4096);
 #[serde(rename_all = "camelCase")]
 pub struct Owner {
     schema: Schema,
-    /// The host's machine id.
+    /// Names the host for ever.
     pub host_id: String,
     /// Chosen anew whenever a store is opened.
     pub instance: String,
