@@ -23,6 +23,7 @@ use crate::{
     model::ByteSize,
     port::VolumeFacts,
     sys::{
+        aligned::{ALIGNMENT, AlignedBuf},
         ioctl::{Transform, loop_status},
         stat::Identity,
     },
@@ -80,6 +81,7 @@ pub(super) fn hold(
     let writes = Writes::until_now(host, identity, &file)
         .context(Reason::VolumeUnavailable, || format!("cannot measure {}", path.display()))?;
     let tail = cut_off_tail(&path, identity, size, sector_size, backing.as_ref())?;
+    refuse_other_formats(&file, &path)?;
     let data = match (identity, &backing) {
         (Identity::File { .. }, _) => map::data_of_file(&file, 0..size).ok(),
         (_, Some(Backing { file, start })) => {
@@ -96,6 +98,25 @@ pub(super) fn hold(
     };
     let source = Source { file: Arc::new(file), facts, tail };
     Ok(Held { source, settings, _backing: backing.map(|backing| backing.file), writes })
+}
+
+/// A disk image in another format, taken for a raw disk, would make an image
+/// that verifies and does not boot. Nothing of it is parsed.
+fn refuse_other_formats(file: &File, path: &Path) -> Result<()> {
+    const FORMATS: [(&[u8], &str); 3] =
+        [(b"QFI\xfb", "qcow2"), (b"KDMV", "VMDK"), (b"conectix", "VHD")];
+    let mut start = AlignedBuf::zeroed(ALIGNMENT);
+    // What cannot be read is told by who reads everything.
+    let len = file.read_at(&mut start, 0).unwrap_or_default();
+    match FORMATS.iter().find(|(magic, _)| start[..len].starts_with(magic)) {
+        None => Ok(()),
+        Some((_, format)) => {
+            let context = format!("the volume {} holds a {format} image", path.display());
+            Err(Error::new(Reason::VolumeUnusable, context)
+                .field("boot_volume")
+                .advice("this version reads raw disks: `qemu-img convert -O raw` makes one"))
+        }
+    }
 }
 
 /// The bytes behind the last whole sector of a device. Only a loop device

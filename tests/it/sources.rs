@@ -29,10 +29,17 @@ fn root_wrong_volumes_are_refused_with_advice() {
     fs::write(dir.path().join("empty.raw"), []).unwrap();
     fs::create_dir(dir.path().join("directory")).unwrap();
     sparse_file(&dir.path().join("large.raw"), 401 << 30, &[]);
+    run("qemu-img", &["create", "-q", "-f", "qcow2", &format!("{at}/disk.qcow2"), "1M"]);
 
     let mut said = String::new();
-    let volumes =
-        ["DIR/missing.raw", "DIR/directory", "/dev/null", "DIR/empty.raw", "DIR/large.raw"];
+    let volumes = [
+        "DIR/missing.raw",
+        "DIR/directory",
+        "/dev/null",
+        "DIR/empty.raw",
+        "DIR/large.raw",
+        "DIR/disk.qcow2",
+    ];
     for volume in volumes {
         said += &refusal(&daemon, &volume.replace("DIR", at), at);
         said += "\n";
