@@ -30,7 +30,7 @@ pub fn read_limit(volumes: &Volumes, report: &mut Report) {
 
 fn read(device: &Path) -> f64 {
     let host = block::HostVolumes::new(vec!["/dev".into()], block::ReaderSettings::default());
-    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let mut held = runtime.block_on(host.hold(device)).unwrap();
     let (pieces_in, pieces) = sync_channel(4);
     let start = Instant::now();
