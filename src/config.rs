@@ -15,6 +15,7 @@ use std::{
     fs, io,
     num::{NonZeroU16, NonZeroUsize},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde::Deserialize;
@@ -22,7 +23,7 @@ use serde::Deserialize;
 pub use self::values::EncodeThreads;
 use self::{
     source::Source,
-    values::{absolute, absolute_paths, read_depth, size},
+    values::{absolute, absolute_paths, progress_timeout, read_depth, size},
 };
 use crate::{
     error::{Context, Reason, Result},
@@ -85,6 +86,11 @@ pub struct Config {
     pub max_captures: NonZeroUsize,
     /// Work requests that may wait; more are refused. Default: 100.
     pub max_queued: usize,
+    /// Seconds, 1 to 1200. Work that gets no further for so long, because a
+    /// device or a store does not answer, is ended, so that its instance does
+    /// not stay locked. Default: 1200.
+    #[serde(rename = "progress_timeout_seconds", deserialize_with = "progress_timeout")]
+    pub progress_timeout: Duration,
     /// Name of the store that images go to. Default: the only store; with
     /// several it must be given. Never empty after [`parse`].
     pub default_store: String,
@@ -135,6 +141,7 @@ impl Default for Config {
             warn_volume_size: ByteSize(400_000_000_000),
             max_captures: values::DEFAULT_CAPTURES,
             max_queued: 100,
+            progress_timeout: values::MAX_PROGRESS_TIMEOUT,
             default_store: String::new(),
             stores: BTreeMap::new(),
         }
@@ -293,7 +300,7 @@ mod tests {
 
     #[test]
     fn an_unknown_key_names_file_line_and_key() {
-        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `default_store`, `stores`");
+        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `progress_timeout_seconds`, `default_store`, `stores`");
     }
 
     #[test]

@@ -118,6 +118,8 @@ reasons! {
     StoreUnavailable = "STORE_UNAVAILABLE": Store,
     /// What the store returns is not what was stored.
     ImageCorrupt = "IMAGE_CORRUPT": Store,
+    /// A device or a store stopped answering.
+    Stalled = "STALLED": Device,
     /// The instance runs, which this version cannot image.
     InstanceRunning = "INSTANCE_RUNNING": Unsupported,
     /// Someone cancelled the work request.

@@ -55,9 +55,9 @@ pub(super) fn hold(
             break opened;
         }
         match holder(Openers::Everyone)? {
-            Some(holder) => return Err(held(&path, &holder)),
-            None if tries == CLAIM_TRIES => return Err(held(&path, &Holder::Claimed)),
-            None => thread::sleep(CLAIM_PAUSE),
+            // The end of a capture takes a moment, too.
+            None | Some(Holder::Ourselves) if tries < CLAIM_TRIES => thread::sleep(CLAIM_PAUSE),
+            holder => return Err(held(&path, &holder.unwrap_or(Holder::Claimed))),
         }
         tries += 1;
     };

@@ -29,6 +29,8 @@ pub(super) enum Holder {
     Loop { device: String },
     /// A program.
     Process { name: String, pid: u32, access: Access },
+    /// An earlier capture of this daemon, whose reads do not come back.
+    Ourselves,
     /// QEMU's locks, by a program that cannot be seen.
     Locked,
     /// O_EXCL, by what cannot be seen.
@@ -49,6 +51,7 @@ impl fmt::Display for Holder {
             Self::Process { name, pid, access: Access::Read } => {
                 write!(f, "open in {name} (pid {pid})")
             }
+            Self::Ourselves => f.write_str("still being read by imaged: it does not answer"),
             Self::Locked => f.write_str("locked by a QEMU that this host does not show"),
             Self::Claimed => f.write_str(
                 "claimed by the kernel or by a program in another namespace (O_EXCL is refused)",
@@ -72,6 +75,9 @@ impl Holder {
             }
             Self::Process { name, pid, .. } => {
                 format!("shut the instance down or end {name} (pid {pid})")
+            }
+            Self::Ourselves => {
+                "find out in the kernel's log (dmesg) why; it is let go when it answers".into()
             }
             Self::Locked | Self::Claimed => "stop what uses it, in its container or host".into(),
         }
@@ -247,13 +253,17 @@ impl Host {
         Ok(None)
     }
 
-    /// A program other than this that has the subject open.
+    /// A program that has the subject open. This one is the last to be
+    /// asked, and only where the subject could not be opened anew.
     fn opener(&self, subject: &Subject, openers: Openers) -> io::Result<Option<Holder>> {
         let mut hidden = 0_u32;
-        for pid in names(&self.proc)?.iter().filter_map(|name| name.parse::<u32>().ok()) {
-            if pid == process::id() {
-                continue;
-            }
+        let mut pids: Vec<u32> =
+            names(&self.proc)?.iter().filter_map(|name| name.parse().ok()).collect();
+        pids.retain(|pid| *pid != process::id());
+        if openers == Openers::Everyone {
+            pids.push(process::id());
+        }
+        for pid in pids {
             let process = self.proc.join(pid.to_string());
             // Processes and descriptors go while one looks.
             let descriptors = names(&process.join("fd")).unwrap_or_else(|error| {
@@ -267,6 +277,9 @@ impl Host {
                 }
                 let info = fs::read(process.join("fdinfo").join(&descriptor)).unwrap_or_default();
                 let Some(access) = procfs::access(&info) else { continue };
+                if pid == process::id() {
+                    return Ok(Some(Holder::Ourselves));
+                }
                 if access == Access::Write || openers == Openers::Everyone {
                     let name = read_line(&process.join("comm")).unwrap_or_else(|| "?".into());
                     return Ok(Some(Holder::Process { name, pid, access }));

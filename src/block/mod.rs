@@ -33,6 +33,7 @@ use std::{
     time::Duration,
 };
 
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use self::writes::Writes;
@@ -49,6 +50,10 @@ use crate::{
 /// take for ever.
 const HOLD_DEADLINE: Duration = Duration::from_secs(120);
 
+/// Volumes that are opened at once. One that does not answer keeps its thread,
+/// and only so many are ever lost to such.
+const OPENINGS: usize = 16;
+
 /// The block devices and raw files in the directories that the configuration
 /// allows.
 #[derive(Debug)]
@@ -56,6 +61,8 @@ pub struct HostVolumes {
     allowed: Arc<[PathBuf]>,
     settings: ReaderSettings,
     host: Host,
+    /// Threads that open a volume at once.
+    openings: Arc<Semaphore>,
 }
 
 impl HostVolumes {
@@ -63,7 +70,8 @@ impl HostVolumes {
     /// `boot_volume_dirs`), at any depth, symbolic links resolved.
     #[must_use]
     pub fn new(allowed_dirs: Vec<PathBuf>, settings: ReaderSettings) -> Self {
-        Self { allowed: allowed_dirs.into(), settings, host: Host::default() }
+        let openings = Arc::new(Semaphore::new(OPENINGS));
+        Self { allowed: allowed_dirs.into(), settings, host: Host::default(), openings }
     }
 }
 
@@ -82,8 +90,17 @@ impl Volumes for HostVolumes {
         let (allowed, settings, host) =
             (Arc::clone(&self.allowed), self.settings, self.host.clone());
         let asked = path.to_owned();
+        let openings = Arc::clone(&self.openings);
         Box::pin(async move {
-            let work = tokio::task::spawn_blocking(move || hold(&host, &allowed, settings, &asked));
+            let work = async {
+                // Held by the thread, not by who waits for it.
+                let place = openings.acquire_owned().await;
+                let work = move || {
+                    let _place = place;
+                    hold(&host, &allowed, settings, &asked)
+                };
+                tokio::task::spawn_blocking(work).await
+            };
             // A device that does not answer keeps its thread; what it opens
             // in the end is dropped at once.
             match tokio::time::timeout(HOLD_DEADLINE, work).await {

@@ -4,6 +4,7 @@ use std::{
     fmt,
     num::{NonZeroU16, NonZeroUsize},
     path::PathBuf,
+    time::Duration,
 };
 
 use serde::{Deserialize, Deserializer, de};
@@ -15,6 +16,9 @@ pub(super) const DEFAULT_CAPTURES: NonZeroUsize = NonZeroUsize::MIN.saturating_a
 pub(super) const DEFAULT_READ_DEPTH: NonZeroU16 = NonZeroU16::MIN.saturating_add(15);
 /// Buffers of 1 MiB each: more would break the bound on memory.
 const MAX_READ_DEPTH: u16 = 256;
+
+/// imaged's promise: no instance stays locked longer without progress.
+pub(super) const MAX_PROGRESS_TIMEOUT: Duration = Duration::from_secs(1200);
 
 /// How many threads encode.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +79,18 @@ pub(super) fn read_depth<'de, D: Deserializer<'de>>(
         .filter(|depth| *depth <= MAX_READ_DEPTH)
         .and_then(NonZeroU16::new)
         .ok_or_else(|| de::Error::custom(format!("{depth} is not from 1 to {MAX_READ_DEPTH}")))
+}
+
+pub(super) fn progress_timeout<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Duration, D::Error> {
+    let seconds = i64::deserialize(deserializer)?;
+    let max = MAX_PROGRESS_TIMEOUT.as_secs();
+    u64::try_from(seconds)
+        .ok()
+        .filter(|seconds| (1..=max).contains(seconds))
+        .map(Duration::from_secs)
+        .ok_or_else(|| de::Error::custom(format!("{seconds} is not from 1 to {max} seconds")))
 }
 
 /// A relative path would depend on where the daemon was started.

@@ -147,6 +147,7 @@ mod tests {
         STORE_FULL: ResourceExhausted
         STORE_UNAVAILABLE: Unavailable
         IMAGE_CORRUPT: DataLoss
+        STALLED: Unavailable
         INSTANCE_RUNNING: Unimplemented
         CANCELED: Cancelled
         DAEMON_STOPPED: Cancelled

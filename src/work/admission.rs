@@ -21,6 +21,15 @@ pub enum Lock {
     Image(ImageId),
 }
 
+/// Whether a work request will have a status for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It keeps others away while it is looked at, and may still be refused.
+    Reserved,
+    /// It was accepted.
+    Accepted,
+}
+
 /// What is known of one work request.
 #[derive(Debug, Clone, Copy)]
 pub struct Known<'a> {
@@ -32,6 +41,8 @@ pub struct Known<'a> {
     pub retry: Option<&'a Retry>,
     /// When it was accepted.
     pub time_accepted: Timestamp,
+    /// Whether it was.
+    pub standing: Standing,
 }
 
 /// The answer.
@@ -59,6 +70,8 @@ pub enum Denial {
         /// What.
         lock: Lock,
     },
+    /// The same request is being looked at.
+    Deciding,
     /// Too many are waiting.
     Full(usize),
 }
@@ -106,16 +119,22 @@ pub fn lookup<'a>(
     if retry.token.len() > RETRY_TOKEN_LEN {
         return Admission::Deny(Denial::TokenTooLong);
     }
-    let fresh = |known: &Known<'_>| {
-        now.as_millis().saturating_sub(known.time_accepted.as_millis()) < RETRY_TOKEN_MILLIS
-    };
+    let fresh = |known: &Known<'_>| remembers_token(known.time_accepted, now);
     let equal = |other: &Retry| (&other.user, &other.token) == (&retry.user, &retry.token);
     let same = known.find(|known| known.retry.is_some_and(equal) && fresh(known));
     match same {
         None => Admission::Accept,
-        Some(known) if known.retry == Some(retry) => Admission::Known(known.id.clone()),
+        Some(known) if known.retry == Some(retry) => match known.standing {
+            Standing::Accepted => Admission::Known(known.id.clone()),
+            Standing::Reserved => Admission::Deny(Denial::Deciding),
+        },
         Some(known) => Admission::Deny(Denial::TokenReused(known.id.clone())),
     }
+}
+
+/// Whether the retry token of a request that was accepted then is valid now.
+pub fn remembers_token(time_accepted: Timestamp, now: Timestamp) -> bool {
+    now.as_millis().saturating_sub(time_accepted.as_millis()) < RETRY_TOKEN_MILLIS
 }
 
 impl From<Denial> for Error {
@@ -142,6 +161,11 @@ impl From<Denial> for Error {
                 Error::new(Reason::ImageLocked, format!("work request {holder} uses image {id}"))
                     .advice("wait for it, or cancel it")
             }
+            Denial::Deciding => Error::new(
+                Reason::SourceLocked,
+                "the same request was sent before and is being looked at",
+            )
+            .advice("ask again in a second, with the same retry token"),
             Denial::Full(max) => Error::new(
                 Reason::TooManyRequests,
                 format!("{max} work requests are waiting or running already"),
@@ -166,8 +190,9 @@ mod tests {
     #[test]
     fn the_table() {
         let (web, db) = (Lock::Source("/dev/web".into()), Lock::Source("/dev/db".into()));
-        let (running, ended) = (id("running"), id("ended"));
-        let (used, old) = (retry("used", "a"), retry("old", "a"));
+        let mail = Lock::Source("/dev/mail".into());
+        let (running, ended, new) = (id("running"), id("ended"), id("new"));
+        let (used, old, fresh) = (retry("used", "a"), retry("old", "a"), retry("fresh", "a"));
         let now = Timestamp::from_millis(RETRY_TOKEN_MILLIS);
         let known = [
             Known {
@@ -175,12 +200,21 @@ mod tests {
                 lock: Some(&web),
                 retry: Some(&used),
                 time_accepted: Timestamp::from_millis(1),
+                standing: Standing::Accepted,
             },
             Known {
                 id: &ended,
                 lock: None,
                 retry: Some(&old),
                 time_accepted: Timestamp::from_millis(0),
+                standing: Standing::Accepted,
+            },
+            Known {
+                id: &new,
+                lock: Some(&mail),
+                retry: Some(&fresh),
+                time_accepted: now,
+                standing: Standing::Reserved,
             },
         ];
         let ask = |lock, retry: Option<Retry>, max| {
@@ -188,8 +222,12 @@ mod tests {
         };
         let locked = Denial::Locked { holder: running.clone(), lock: web.clone() };
 
-        assert_eq!(ask(&db, None, 2), Admission::Accept);
-        assert_eq!(ask(&db, None, 1), Admission::Deny(Denial::Full(1)));
+        assert_eq!(ask(&db, None, 3), Admission::Accept);
+        assert_eq!(ask(&db, None, 2), Admission::Deny(Denial::Full(2)));
+        // What may still be refused is no answer, and keeps others away.
+        assert_eq!(ask(&db, Some(retry("fresh", "a")), 9), Admission::Deny(Denial::Deciding));
+        let reserved = Denial::Locked { holder: new.clone(), lock: mail.clone() };
+        assert_eq!(ask(&mail, None, 9), Admission::Deny(reserved));
         assert_eq!(ask(&web, None, 9), Admission::Deny(locked.clone()));
         // Asking twice is asking once, though the source is locked.
         assert_eq!(ask(&web, Some(retry("used", "a")), 1), Admission::Known(running.clone()));

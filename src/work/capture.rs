@@ -10,19 +10,23 @@
 //! whole or absent.
 
 use std::{
-    sync::{Arc, mpsc::sync_channel},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::sync_channel,
+    },
     thread,
     time::Duration,
 };
 
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::{
-    sync::{mpsc, oneshot},
-    time::MissedTickBehavior,
+    sync::{OwnedSemaphorePermit, mpsc, oneshot},
+    time::{MissedTickBehavior, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Work, driver::check, tracker::Tracker};
+use super::{Work, driver::check, tracker::Tracker, watchdog::Watchdog};
 use crate::{
     encode::{self, Encoded, Meter},
     error::{Error, Reason, Result},
@@ -54,12 +58,17 @@ pub(super) struct Capture {
 
 impl Capture {
     /// Makes the image. Afterwards it is whole in its store, or nothing of it
-    /// is left there.
+    /// is left there; only a store that does not answer keeps what it has
+    /// until the next start sweeps it.
+    ///
+    /// `place` is held until every thread has ended.
     pub(super) async fn run(
         self: Box<Self>,
         work: &Work,
         tracker: &mut Tracker,
+        watchdog: &Watchdog,
         stop: &CancellationToken,
+        place: Arc<OwnedSemaphorePermit>,
     ) -> Result<()> {
         tracker.phase(Phase::Preflight).await?;
         let volume =
@@ -68,16 +77,27 @@ impl Capture {
         check(stop)?;
 
         let store = work.0.catalogue.store(&self.image.origin.store)?;
-        let upload = store.begin(&self.image.id).await?;
-        let outcome = self.transfer(work, volume, &*upload, tracker, stop).await;
-        if let Err(error) = outcome {
-            if let Err(left) = upload.abort().await {
+        let upload = watchdog.guard(|| self.store(), store.begin(&self.image.id)).await?;
+        let line = Line { upload: &*upload, watchdog, stop, place };
+        if let Err(error) = self.transfer(work, volume, line, tracker).await {
+            let left = match timeout(watchdog.undoing(), upload.abort()).await {
+                Ok(aborted) => aborted,
+                Err(late) => {
+                    let context = format!("{} did not abort the upload", self.store());
+                    Err(Error::new(Reason::Stalled, context).because(late))
+                }
+            };
+            if let Err(left) = left {
                 tracker.log(format!("the next start will remove what is left: {left}"));
                 tracing::error!(image = %self.image.id, "{left:?}");
             }
             return Err(error);
         }
         Ok(())
+    }
+
+    fn store(&self) -> String {
+        format!("the store {:?}", self.image.origin.store)
     }
 
     fn tell_oddities(&self, work: &Work, volume: &dyn HeldVolume, tracker: &Tracker) {
@@ -100,17 +120,23 @@ impl Capture {
         &self,
         work: &Work,
         volume: Box<dyn HeldVolume>,
-        upload: &dyn Upload,
+        line: Line<'_>,
         tracker: &mut Tracker,
-        stop: &CancellationToken,
     ) -> Result<()> {
         tracker.phase(Phase::Read).await?;
+        let (upload, watchdog, stop) = (line.upload, line.watchdog, line.stop);
+        let source = format!("the volume {}", self.image.origin.source_volume.display());
         let settings = encode::Settings {
             volume_size: volume.facts().size,
             compression: self.image.origin.compression,
             threads: work.0.settings.encode_threads,
         };
-        let encoded = pump(volume, settings, upload, tracker, stop).await?;
+        let putting = AtomicUsize::new(0);
+        let who = || match putting.load(Ordering::Relaxed) {
+            0 => source.clone(),
+            _ => self.store(),
+        };
+        let encoded = watchdog.guard(who, pump(volume, settings, line, &putting, tracker)).await?;
         check(stop)?;
 
         // From here on a cancellation comes too late: the image may be seen.
@@ -134,23 +160,35 @@ impl Capture {
             record: self.image.record.clone(),
             extent_digests: encoded.extent_digests,
         };
-        upload.seal(&sealed).await
+        watchdog.guard(|| self.store(), upload.seal(&sealed)).await
     }
 }
 
+/// What the bytes of one image pass, and who looks after it.
+struct Line<'a> {
+    upload: &'a dyn Upload,
+    watchdog: &'a Watchdog,
+    stop: &'a CancellationToken,
+    place: Arc<OwnedSemaphorePermit>,
+}
+
 /// Reads, encodes and stores until everything is stored or something fails.
-/// All threads have ended when it returns.
+/// All threads have ended when it returns; when it is dropped they end as soon
+/// as what they wait for lets them. `putting` tells how many parts the store
+/// has and has not answered for.
 async fn pump(
     volume: Box<dyn HeldVolume>,
     settings: encode::Settings,
-    upload: &dyn Upload,
+    line: Line<'_>,
+    putting: &AtomicUsize,
     tracker: &mut Tracker,
-    stop: &CancellationToken,
 ) -> Result<Encoded> {
     let total = settings.volume_size.get();
-    let stop = stop.child_token();
+    let stop = line.stop.child_token();
+    let _ends_with_us = stop.clone().drop_guard();
     let meter = Arc::new(Meter::default());
-    let (reading, encoding, parts) = start(volume, settings, Arc::clone(&meter), &stop)?;
+    let (reading, encoding, parts) =
+        start(volume, settings, Arc::clone(&meter), &stop, &line.place)?;
 
     let mut stored = 0;
     let mut show = |stored| {
@@ -158,11 +196,11 @@ async fn pump(
             Progress { total, read: meter.read(), skipped: meter.skipped(), stored, per_second: 0 };
         tracker.progress(progress);
     };
-    let putting = put_all(parts, upload, |bytes| {
+    let put = put_all(parts, line.upload, putting, |bytes| {
         stored += bytes;
         show(stored);
     });
-    let put = putting.await;
+    let put = put.await;
     if put.is_err() {
         stop.cancel();
     }
@@ -185,11 +223,13 @@ fn start(
     settings: encode::Settings,
     meter: Arc<Meter>,
     stop: &CancellationToken,
+    place: &Arc<OwnedSemaphorePermit>,
 ) -> Result<(Running<()>, Running<Encoded>, mpsc::Receiver<Part>)> {
     let (pieces_in, pieces) = sync_channel(PIECES);
     let (parts_in, parts) = mpsc::channel(1);
-    let token = stop.clone();
+    let (token, held) = (stop.clone(), Arc::clone(place));
     let reading = spawn("read", move || {
+        let _held = held;
         let outcome = volume.read(&pieces_in, &token);
         // What was read of a failing volume makes no image.
         if outcome.is_err() {
@@ -197,8 +237,9 @@ fn start(
         }
         outcome
     })?;
-    let token = stop.clone();
+    let (token, held) = (stop.clone(), Arc::clone(place));
     let encoding = spawn("encode-0", move || {
+        let _held = held;
         let outcome = encode::run(&settings, pieces, parts_in, &meter, &token);
         if outcome.is_err() {
             token.cancel();
@@ -239,6 +280,7 @@ async fn joined<T>(running: Running<T>) -> Result<T> {
 async fn put_all(
     mut parts: mpsc::Receiver<Part>,
     upload: &dyn Upload,
+    putting: &AtomicUsize,
     mut tick: impl FnMut(u64),
 ) -> Result<()> {
     let mut puts = FuturesUnordered::new();
@@ -246,6 +288,7 @@ async fn put_all(
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while more || !puts.is_empty() {
+        putting.store(puts.len(), Ordering::Relaxed);
         tokio::select! {
             part = parts.recv(), if more && puts.len() < PUTS => match part {
                 Some(part) => {

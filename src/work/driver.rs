@@ -1,13 +1,23 @@
 //! One task for each work request, from its place in the queue to its end.
 
-use std::panic::AssertUnwindSafe;
+use std::{future::pending, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
+use tokio::{sync::OwnedSemaphorePermit, time::sleep};
+use tokio_util::sync::CancellationToken;
 
-use super::{Work, capture::Capture, registry::Job, tracker::Tracker, verify};
+use super::{
+    Inner, Work,
+    capture::Capture,
+    registry::{Job, Reservation},
+    tracker::Tracker,
+    verify,
+    watchdog::Watchdog,
+};
 use crate::{
     catalogue::Found,
     error::{Error, Reason, Result},
+    model::work_request::Status,
 };
 
 /// What is to be done.
@@ -21,7 +31,8 @@ pub(super) enum Task {
 
 /// Starts the task. It ends by itself, by the request's token, or with the
 /// daemon, and has undone its effects by then.
-pub(super) fn spawn(work: &Work, job: Job, task: Task) {
+pub(super) fn spawn(work: &Work, reservation: Reservation, task: Task) {
+    let Some(job) = reservation.accept() else { return };
     let tasks = work.0.tasks.clone();
     tasks.spawn(Box::pin(drive(work.clone(), job, task)));
 }
@@ -30,28 +41,50 @@ async fn drive(work: Work, job: Job, task: Task) {
     let Job { id, state, stop } = job;
     let inner = &work.0;
     let ports = &inner.ports;
-    let mut tracker = Tracker::new(state, ports.journal.clone(), ports.clock.clone());
+    let mut tracker = Tracker::new(state.clone(), ports.journal.clone(), ports.clock.clone());
     let image = match &task {
         Task::Capture(capture) => Some(capture.image.id.clone()),
         Task::Verify(_) => None,
     };
 
+    let watchdog = Watchdog::new(state.subscribe(), stop.clone(), inner.settings.progress_timeout);
     let steps = async {
-        let _place = tokio::select! {
-            biased;
-            () = stop.cancelled() => return Err(canceled()),
-            place = inner.places.acquire() => place,
-        };
+        let place = place(inner, &stop).await?;
         tracker.start().await?;
         match task {
-            Task::Capture(capture) => capture.run(&work, &mut tracker, &stop).await,
-            Task::Verify(found) => verify::run(&work, &found, &mut tracker, &stop).await,
+            Task::Capture(capture) => {
+                capture.run(&work, &mut tracker, &watchdog, &stop, place).await
+            }
+            Task::Verify(found) => {
+                verify::run(&work, &found, &mut tracker, &watchdog, &stop, place).await
+            }
         }
+    };
+    // Who dies while it undoes must find on its return that it was to.
+    let noted = async {
+        stop.cancelled().await;
+        let request = state.borrow().clone();
+        if let Err(error) = ports.journal.put(&request).await {
+            tracing::error!(work_request = %id, "{error:?}");
+        }
+        pending().await
+    };
+    let steps = async {
+        tokio::select! { biased; outcome = steps => outcome, never = noted => never }
     };
     // A defect must not leave the source locked for ever.
     let outcome = AssertUnwindSafe(steps).catch_unwind().await;
     let outcome = outcome.unwrap_or_else(|_| Err(Error::new(Reason::Internal, "a step panicked")));
-    let outcome = outcome.map_err(|error| why_stopped(error, inner.closing.is_cancelled()));
+    let asked = state.borrow().status == Status::Canceling;
+    let outcome = outcome.map_err(|error| match why_stopped(&error, asked, stop.is_cancelled()) {
+        Some(why) => {
+            if error.reason() == Reason::Stalled {
+                tracker.log(error.to_string());
+            }
+            why
+        }
+        None => error,
+    });
 
     // Before the end is told: who is told may act at once.
     inner.registry.release(&id);
@@ -61,15 +94,61 @@ async fn drive(work: Work, job: Job, task: Task) {
     tracker.finish(outcome).await;
 }
 
-/// Steps only know that they were stopped.
-fn why_stopped(error: Error, closing: bool) -> Error {
-    match error.reason() {
-        Reason::Canceled if closing => {
-            Error::new(Reason::DaemonStopped, "imaged was stopped before the work was done")
-                .advice("nothing is left of it; ask again")
+/// How often a queue looks whether it can still move.
+const LOOK: Duration = Duration::from_secs(1);
+/// How often in a row nobody may be seen to work though no place is free:
+/// more than a place takes from one to the next.
+const DOUBTS: u32 = 5;
+
+/// Waits for a place among the work that runs at once.
+///
+/// Threads that a device or a store never answered keep theirs, because their
+/// memory is bounded by it. A queue behind nothing but such would not move.
+async fn place(inner: &Inner, stop: &CancellationToken) -> Result<Arc<OwnedSemaphorePermit>> {
+    let mut doubts = 0;
+    let waiting = Arc::clone(&inner.places).acquire_owned();
+    tokio::pin!(waiting);
+    while doubts < DOUBTS {
+        tokio::select! {
+            biased;
+            () = stop.cancelled() => return Err(canceled()),
+            place = &mut waiting => {
+                return place.map(Arc::new).map_err(|closed| {
+                    Error::new(Reason::Internal, "the queue is closed").because(closed)
+                });
+            }
+            () = sleep(LOOK) => {
+                let stuck = inner.places.available_permits() == 0 && inner.registry.working() == 0;
+                doubts = if stuck { doubts + 1 } else { 0 };
+            }
         }
-        Reason::Canceled => canceled(),
-        _ => error,
+    }
+    Err(Error::new(
+        Reason::Stalled,
+        "no work can begin: all that runs waits for devices or stores that do not answer",
+    )
+    .advice(
+        "find out why in the kernel's log (dmesg); when they cannot be brought back, restart \
+         imaged and raise `max_captures` only if its memory allows",
+    ))
+}
+
+/// Steps only know that they were stopped: `asked` by a user, or with the
+/// daemon. `None`: the error says it best.
+fn why_stopped(error: &Error, asked: bool, stopped: bool) -> Option<Error> {
+    match error.reason() {
+        Reason::Canceled | Reason::Stalled if asked => Some(canceled()),
+        Reason::Canceled => {
+            let context = "imaged was stopped before the work was done";
+            let advice = "nothing is left of it; ask again";
+            Some(Error::new(Reason::DaemonStopped, context).advice(advice))
+        }
+        Reason::Stalled if stopped => {
+            let context = "imaged was stopped before the work was done";
+            let advice = "the next start removes what is left; ask again then";
+            Some(Error::new(Reason::DaemonStopped, context).advice(advice))
+        }
+        _ => None,
     }
 }
 
@@ -78,6 +157,6 @@ fn canceled() -> Error {
 }
 
 /// Whether work must go on.
-pub(super) fn check(stop: &tokio_util::sync::CancellationToken) -> Result<()> {
+pub(super) fn check(stop: &CancellationToken) -> Result<()> {
     if stop.is_cancelled() { Err(canceled()) } else { Ok(()) }
 }

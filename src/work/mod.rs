@@ -17,6 +17,7 @@ mod recover;
 mod registry;
 mod tracker;
 mod verify;
+mod watchdog;
 
 use std::{
     collections::BTreeMap,
@@ -76,6 +77,8 @@ pub struct Settings {
     pub max_captures: NonZeroUsize,
     /// Work requests that wait or run at once.
     pub max_queued: usize,
+    /// Work that gets no further for so long is ended.
+    pub progress_timeout: Duration,
     /// This host's, e.g. `x86_64`.
     pub architecture: String,
 }
@@ -132,7 +135,7 @@ struct Inner {
     catalogue: Catalogue,
     registry: Registry,
     /// Places for work that runs.
-    places: Semaphore,
+    places: Arc<Semaphore>,
     tasks: TaskTracker,
     /// Cancelled when the daemon stops.
     closing: CancellationToken,
@@ -141,6 +144,9 @@ struct Inner {
 /// Work that waits longer than this for its undoing is left to the next
 /// start, which sweeps.
 const SHUTDOWN: Duration = Duration::from_secs(60);
+
+/// Longer than any directory takes that can be read at all.
+const RESOLVE: Duration = Duration::from_secs(10);
 
 impl Work {
     /// Cleans up after a daemon that died, then is ready for orders.
@@ -156,7 +162,7 @@ impl Work {
         Ok(Self(Arc::new(Inner {
             catalogue,
             registry,
-            places: Semaphore::new(settings.max_captures.get()),
+            places: Arc::new(Semaphore::new(settings.max_captures.get())),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
             ports,
@@ -212,20 +218,16 @@ impl Work {
         // The volume is opened by the path that was asked for: by the time its
         // turn comes, /dev/dm-3 may be another's.
         let lock = admission::Lock::Source(resolve(image.origin.source_volume.clone()).await);
-        let (request, job) = match self.0.reserve(request, lock)? {
+        let (request, reservation) = match self.0.reserve(request, lock)? {
             registry::Admitted::Known(known) => {
                 return Ok((self.image_of(&known).await?, known));
             }
-            registry::Admitted::New(request, job) => (request, job),
+            registry::Admitted::New(request, reservation) => (request, reservation),
         };
+        self.accept(&request, instance.as_ref(), &image).await?;
         self.0.catalogue.begin(image.clone());
-        if let Err(error) = self.accept(&request, instance.as_ref(), &image).await {
-            self.0.catalogue.end(&image.id);
-            self.0.registry.forget(&request.id);
-            return Err(error);
-        }
         let capture = capture::Capture { image: image.clone(), instance };
-        driver::spawn(self, job, driver::Task::Capture(Box::new(capture)));
+        driver::spawn(self, reservation, driver::Task::Capture(Box::new(capture)));
         Ok((Some(image), request))
     }
 
@@ -270,12 +272,9 @@ impl Work {
         let lock = admission::Lock::Image(wanted.image_id);
         match self.0.reserve(request, lock)? {
             registry::Admitted::Known(known) => Ok(known),
-            registry::Admitted::New(request, job) => {
-                if let Err(error) = self.0.keep(&request).await {
-                    self.0.registry.forget(&request.id);
-                    return Err(error);
-                }
-                driver::spawn(self, job, driver::Task::Verify(Box::new(found)));
+            registry::Admitted::New(request, reservation) => {
+                self.0.keep(&request).await?;
+                driver::spawn(self, reservation, driver::Task::Verify(Box::new(found)));
                 Ok(request)
             }
         }
@@ -491,7 +490,7 @@ impl Inner {
     /// Makes a new request durable, and forgets what is too old.
     async fn keep(&self, request: &WorkRequest) -> Result<()> {
         self.ports.journal.put(request).await?;
-        let evicted = self.registry.evict();
+        let evicted = self.registry.evict(self.ports.clock.now());
         if !evicted.is_empty()
             && let Err(error) = self.ports.journal.forget(&evicted).await
         {
@@ -511,7 +510,10 @@ fn running(instance: &Instance) -> Error {
 /// Symbolic links resolved where they can be, so that one volume has one
 /// lock. What does not exist fails in preflight with a better word.
 async fn resolve(path: PathBuf) -> PathBuf {
-    tokio::fs::canonicalize(&path).await.unwrap_or(path)
+    match tokio::time::timeout(RESOLVE, tokio::fs::canonicalize(&path)).await {
+        Ok(Ok(resolved)) => resolved,
+        _ => path,
+    }
 }
 
 fn check_path(path: &Path) -> Result<PathBuf> {

@@ -3,13 +3,13 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::admission::{self, Admission, Denial, Known, Lock, Wanted};
+use super::admission::{self, Admission, Denial, Known, Lock, Standing, Wanted};
 use crate::{
     error::{Error, Reason, Result},
     model::{
@@ -21,10 +21,13 @@ use crate::{
 /// Work requests that are remembered after their end: weeks of images, a few
 /// MiB of memory.
 const REMEMBERED: usize = 1000;
+/// The same while their retry tokens are valid: one every 20 seconds for a
+/// day.
+const TOKENS_REMEMBERED: usize = 4 * REMEMBERED;
 
-/// All work requests, by id and so by age.
-#[derive(Debug)]
-pub(super) struct Registry(Mutex<BTreeMap<WorkRequestId, Entry>>);
+/// All work requests, by id and so by age. Clones share them.
+#[derive(Debug, Clone)]
+pub(super) struct Registry(Arc<Mutex<BTreeMap<WorkRequestId, Entry>>>);
 
 #[derive(Debug)]
 struct Entry {
@@ -32,6 +35,35 @@ struct Entry {
     /// What it holds, until it has ended.
     lock: Option<Lock>,
     stop: CancellationToken,
+    standing: Standing,
+}
+
+/// A request that keeps others away while it is looked at. Dropped without
+/// [`accept`](Self::accept), it has never been.
+#[derive(Debug)]
+pub(super) struct Reservation {
+    registry: Registry,
+    /// `None` when it was accepted.
+    job: Option<Job>,
+}
+
+impl Reservation {
+    /// From here on everyone sees the request, and its task must end it.
+    pub(super) fn accept(mut self) -> Option<Job> {
+        let job = self.job.take()?;
+        if let Some(entry) = self.registry.entries().get_mut(&job.id) {
+            entry.standing = Standing::Accepted;
+        }
+        Some(job)
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        if let Some(job) = &self.job {
+            self.registry.entries().remove(&job.id);
+        }
+    }
 }
 
 /// What its task needs of an accepted request.
@@ -48,8 +80,8 @@ pub(super) struct Job {
 pub(super) enum Admitted {
     /// It is one that was asked before.
     Known(WorkRequest),
-    /// It is to be done.
-    New(WorkRequest, Job),
+    /// It is new.
+    New(WorkRequest, Reservation),
 }
 
 impl Registry {
@@ -58,9 +90,9 @@ impl Registry {
         let entry = |request: WorkRequest| {
             let id = request.id.clone();
             let (state, stop) = (watch::Sender::new(request), CancellationToken::new());
-            (id, Entry { state, lock: None, stop })
+            (id, Entry { state, lock: None, stop, standing: Standing::Accepted })
         };
-        Self(Mutex::new(requests.into_iter().map(entry).collect()))
+        Self(Arc::new(Mutex::new(requests.into_iter().map(entry).collect())))
     }
 
     /// The request that this retry token was used for.
@@ -77,7 +109,7 @@ impl Registry {
         }
     }
 
-    /// Decides on `request` and registers it if it may run.
+    /// Decides on `request` and reserves what it needs if it may run.
     pub(super) fn admit(
         &self,
         request: WorkRequest,
@@ -95,8 +127,9 @@ impl Registry {
         }
         let state = watch::Sender::new(request.clone());
         let job = Job { id: request.id.clone(), state: state.clone(), stop: stop.clone() };
-        entries.insert(request.id.clone(), Entry { state, lock: Some(lock), stop });
-        Ok(Admitted::New(request, job))
+        let entry = Entry { state, lock: Some(lock), stop, standing: Standing::Reserved };
+        entries.insert(request.id.clone(), entry);
+        Ok(Admitted::New(request, Reservation { registry: self.clone(), job: Some(job) }))
     }
 
     /// Fails while work on `image` goes on.
@@ -122,31 +155,47 @@ impl Registry {
         }
     }
 
-    /// As if `id` had never been.
-    pub(super) fn forget(&self, id: &WorkRequestId) {
-        self.entries().remove(id);
+    /// How many hold a place and have not ended.
+    pub(super) fn working(&self) -> usize {
+        let entries = self.entries();
+        let works =
+            |entry: &&Entry| entry.lock.is_some() && entry.state.borrow().time_started.is_some();
+        entries.values().filter(works).count()
     }
 
     /// Forgets the oldest of those that have ended when there are too many.
-    pub(super) fn evict(&self) -> Vec<WorkRequestId> {
+    pub(super) fn evict(&self, now: Timestamp) -> Vec<WorkRequestId> {
         let mut entries = self.entries();
         let surplus = entries.len().saturating_sub(REMEMBERED);
+        let excess = entries.len().saturating_sub(TOKENS_REMEMBERED);
         let ended = entries.iter().filter(|(_, entry)| entry.lock.is_none());
-        let evicted: Vec<_> = ended.map(|(id, _)| id.clone()).take(surplus).collect();
+        let evicted: Vec<_> = ended
+            .take(surplus)
+            .enumerate()
+            .filter(|(nth, (_, entry))| {
+                let request = entry.state.borrow();
+                let token = request.retry.is_some()
+                    && admission::remembers_token(request.time_accepted, now);
+                !token || *nth < excess
+            })
+            .map(|(_, (id, _))| id.clone())
+            .collect();
         evicted.iter().for_each(|id| drop(entries.remove(id)));
         evicted
     }
 
     /// All, newest first.
     pub(super) fn all(&self) -> Vec<WorkRequest> {
-        self.entries().values().rev().map(|entry| entry.state.borrow().clone()).collect()
+        let entries = self.entries();
+        let seen = entries.values().rev().filter(|entry| entry.standing == Standing::Accepted);
+        seen.map(|entry| entry.state.borrow().clone()).collect()
     }
 
     /// Follows `id`.
     pub(super) fn watch(&self, id: &WorkRequestId) -> Result<watch::Receiver<WorkRequest>> {
         match self.entries().get(id) {
-            Some(entry) => Ok(entry.state.subscribe()),
-            None => Err(not_found(id)),
+            Some(entry) if entry.standing == Standing::Accepted => Ok(entry.state.subscribe()),
+            _ => Err(not_found(id)),
         }
     }
 
@@ -184,6 +233,7 @@ fn lookup(
             lock: entry.lock.as_ref(),
             retry: state.retry.as_ref(),
             time_accepted: state.time_accepted,
+            standing: entry.standing,
         })
         .collect();
     let admission = decide(known.into_iter());
@@ -201,4 +251,70 @@ fn not_found(id: &WorkRequestId) -> Error {
     Error::new(Reason::WorkRequestNotFound, format!("there is no work request {id}")).advice(
         format!("`imagectl work-request list` shows those of the last {REMEMBERED} operations"),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{CompartmentId, work_request::Operation};
+
+    fn request(number: u64, token: Option<&str>) -> WorkRequest {
+        let retry = token.map(|token| Retry {
+            user: "uid 0".into(),
+            token: token.into(),
+            fingerprint: String::new(),
+        });
+        WorkRequest::accepted(
+            format!("ocid1.workrequest.imaged..{number:06}").parse().unwrap(),
+            Operation::CreateImage,
+            CompartmentId::default(),
+            Vec::new(),
+            Timestamp::from_millis(number),
+            "uid 0".into(),
+            retry,
+        )
+    }
+
+    fn admit(registry: &Registry, request: WorkRequest, lock: &str) -> Result<Admitted> {
+        registry.admit(request, Lock::Source(lock.into()), 9, CancellationToken::new())
+    }
+
+    #[test]
+    fn what_is_only_looked_at_is_not_seen_and_leaves_nothing() {
+        let registry = Registry::new(Vec::new());
+        let Ok(Admitted::New(wanted, reservation)) = admit(&registry, request(1, None), "/a")
+        else {
+            panic!("not admitted")
+        };
+        assert!(registry.all().is_empty() && registry.watch(&wanted.id).is_err());
+        assert!(admit(&registry, request(2, None), "/a").is_err(), "it keeps others away");
+        drop(reservation);
+        let Ok(Admitted::New(wanted, reservation)) = admit(&registry, request(3, None), "/a")
+        else {
+            panic!("the lock stayed behind")
+        };
+        assert!(reservation.accept().is_some());
+        assert_eq!(registry.all(), [wanted]);
+    }
+
+    #[test]
+    fn fresh_retry_tokens_are_kept_beyond_the_others() {
+        let all = |tokens: usize| {
+            let token = |number| (number < tokens).then_some("t");
+            (0..TOKENS_REMEMBERED + 10).map(|n| request(n as u64, token(n))).collect()
+        };
+        let now = Timestamp::from_millis(admission::RETRY_TOKEN_MILLIS - 1);
+        let kept = |tokens| {
+            let registry = Registry::new(all(tokens));
+            let evicted = registry.evict(now).len();
+            (evicted, registry.entries().len())
+        };
+        assert_eq!(kept(0), (TOKENS_REMEMBERED + 10 - REMEMBERED, REMEMBERED));
+        let (evicted, left) = kept(usize::MAX);
+        assert_eq!((evicted, left), (10, TOKENS_REMEMBERED));
+        let registry = Registry::new(all(usize::MAX));
+        let later = Timestamp::from_millis(admission::RETRY_TOKEN_MILLIS + 2000);
+        registry.evict(later);
+        assert_eq!(registry.entries().len(), TOKENS_REMEMBERED + 10 - 2001);
+    }
 }

@@ -2,10 +2,10 @@
 
 use std::{sync::Arc, thread, time::Duration};
 
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::{Work, tracker::Tracker};
+use super::{Work, tracker::Tracker, watchdog::Watchdog};
 use crate::{
     catalogue::Found,
     encode::{
@@ -22,12 +22,26 @@ use crate::{
 /// How often progress is shown.
 const TICK: Duration = Duration::from_millis(250);
 
-/// Recomputes both digests from the store alone.
+/// Recomputes both digests from the store alone. `place` is held until every
+/// thread has ended.
 pub(super) async fn run(
     work: &Work,
     found: &Found,
     tracker: &mut Tracker,
+    watchdog: &Watchdog,
     stop: &CancellationToken,
+    place: Arc<OwnedSemaphorePermit>,
+) -> Result<()> {
+    let who = || format!("the store {:?}", found.store.name());
+    watchdog.guard(who, recomputed(work, found, tracker, stop, place)).await
+}
+
+async fn recomputed(
+    work: &Work,
+    found: &Found,
+    tracker: &mut Tracker,
+    stop: &CancellationToken,
+    place: Arc<OwnedSemaphorePermit>,
 ) -> Result<()> {
     tracker.phase(Phase::Verify).await?;
     let image = &found.image;
@@ -41,8 +55,11 @@ pub(super) async fn run(
     let threads = work.0.settings.encode_threads;
     let meter = Arc::new(Meter::default());
     let (done, mut running) = oneshot::channel();
-    let (stored, token, seen) = (stored.clone(), stop.clone(), Arc::clone(&meter));
+    let token = stop.child_token();
+    let _ends_with_us = token.clone().drop_guard();
+    let (stored, seen) = (stored.clone(), Arc::clone(&meter));
     let body = move || {
+        let _place = place;
         let outcome = recompute(&*object, &stored, &digests, threads, &seen, &token);
         // Nobody waits any more: the daemon is going down.
         let _ = done.send(outcome);

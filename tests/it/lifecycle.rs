@@ -38,7 +38,7 @@ pub fn running(daemon: &Daemon, volume: &Path) -> String {
     request
 }
 
-fn status(daemon: &Daemon, request: &str) -> serde_json::Value {
+pub fn status(daemon: &Daemon, request: &str) -> serde_json::Value {
     daemon.json(&["work-request", "get", "--work-request-id", request])["data"].clone()
 }
 

@@ -13,4 +13,5 @@ mod image;
 mod lifecycle;
 mod service;
 mod sources;
+mod stalls;
 mod stores;

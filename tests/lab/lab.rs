@@ -257,6 +257,48 @@ impl Drop for Loop {
     }
 }
 
+/// A device that answers a process no more: its reads wait in the kernel.
+pub struct Stuck {
+    group: PathBuf,
+    number: String,
+}
+
+impl Stuck {
+    /// What `pid` and its threads read of `device` from here on.
+    pub fn reads(pid: u32, device: &Path) -> Self {
+        let group = PathBuf::from(format!("/sys/fs/cgroup/blkio/imaged-test-{pid}"));
+        fs::create_dir(&group).unwrap();
+        let number = run("stat", &["-c", "%Hr:%Lr", device.to_str().unwrap()]);
+        let stuck = Self { group, number };
+        stuck.limit(1);
+        fs::write(stuck.group.join("cgroup.procs"), pid.to_string()).unwrap();
+        stuck
+    }
+
+    /// It answers again.
+    pub fn heal(&self) {
+        self.limit(0);
+    }
+
+    /// Bytes a second; 0: as many as come.
+    fn limit(&self, bytes: u64) {
+        let limit = self.group.join("blkio.throttle.read_bps_device");
+        fs::write(limit, format!("{} {bytes}", self.number)).unwrap();
+    }
+}
+
+impl Drop for Stuck {
+    fn drop(&mut self) {
+        self.heal();
+        if let Ok(members) = fs::read_to_string(self.group.join("cgroup.procs")) {
+            for pid in members.lines() {
+                let _ = fs::write("/sys/fs/cgroup/blkio/cgroup.procs", pid);
+            }
+        }
+        let _ = fs::remove_dir(&self.group);
+    }
+}
+
 /// A filesystem of its own.
 pub struct Mount {
     /// Where it is mounted.
@@ -278,6 +320,13 @@ impl Mount {
         Self { at, device, _image: image }
     }
 
+    /// Whoever writes waits in the kernel, until the answer is dropped.
+    pub fn freeze(&self) -> Frozen {
+        let at = self.at.path().to_str().unwrap();
+        run("fsfreeze", &["--freeze", at]);
+        Frozen(at.to_owned())
+    }
+
     /// Makes an ext4 read-only as a disk error does, also while files are
     /// open for writing.
     pub fn fail(&self) {
@@ -291,6 +340,15 @@ impl Drop for Mount {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("--lazy").arg(self.at.path()).status();
         let _ = &self.device;
+    }
+}
+
+/// A filesystem that answers no writer.
+pub struct Frozen(String);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").args(["--unfreeze", &self.0]).status();
     }
 }
 
