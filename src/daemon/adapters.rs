@@ -27,7 +27,9 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let (engine, io_uring) = engine();
     let mut allowed = config.boot_volume_dirs;
     allowed.extend(instances.into_iter().map(|instance| instance.boot_volume));
-    let reader = ReaderSettings { engine, depth: config.read_depth.get() };
+    // Buffers are the readers' memory, which all captures share.
+    let captures = u16::try_from(config.max_captures.get()).unwrap_or(u16::MAX);
+    let reader = ReaderSettings { engine, depth: (config.read_depth.get() / captures).max(1) };
     let host_id = host_id()?;
     let mut stores: Vec<Arc<dyn ObjectStore>> = Vec::new();
     for (name, StoreConfig { kind: StoreKind::Directory, path, min_free }) in config.stores {

@@ -6,14 +6,17 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     extent::{CLUSTERS, Encoded, EncodedExtent},
-    window::{FullPart, Window},
+    window::{FullPart, SpareParts, Window},
 };
 use crate::{
     format::qcow2::{
         self, CLUSTER_SIZE, cluster, content,
         layout::{Emit, Layout, Placed},
     },
-    model::{ByteSize, image::Compression},
+    model::{
+        ByteSize,
+        image::{Compression, EXTENT_SIZE},
+    },
 };
 
 /// The image so far.
@@ -55,23 +58,28 @@ impl<'a> Assembler<'a> {
     pub(super) fn new(
         volume: ByteSize,
         compression: Compression,
+        spare: &SpareParts,
         stop: &'a CancellationToken,
     ) -> Self {
         let virtual_size = qcow2::virtual_size(volume.get());
         Self {
             virtual_size,
             layout: Layout::new(virtual_size, compression),
-            window: Window::new(stop),
+            window: Window::new(spare, stop),
             next: 0,
             early: BTreeMap::new(),
-            digests: Vec::new(),
+            // At once, because growing would take twice as much for a moment.
+            digests: Vec::with_capacity(
+                content::extent_count(virtual_size) as usize * content::DIGEST_SIZE,
+            ),
             scratch: Vec::new(),
         }
     }
 
-    /// Memory for the compressed clusters of an extent.
+    /// Memory for the compressed clusters of an extent: its size, whatever
+    /// it holds. Fresh zeroes take no memory until they are written to.
     pub(super) fn scratch(&mut self) -> Vec<u8> {
-        self.scratch.pop().unwrap_or_default()
+        self.scratch.pop().unwrap_or_else(|| vec![0; EXTENT_SIZE as usize])
     }
 
     /// Takes what became of the extents from `first` on.

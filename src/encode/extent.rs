@@ -54,7 +54,7 @@ impl Source {
     }
 }
 
-/// Encodes one extent; `packed` gives its memory.
+/// Encodes one extent; `packed`, of an extent's size, gives its memory.
 pub(super) fn encode(extent: Extent, encoder: &mut Encoder, mut packed: Vec<u8>) -> Encoded {
     let bytes = (*extent.bytes).as_ref();
     let cluster_size = CLUSTER_SIZE as usize;
@@ -69,7 +69,6 @@ pub(super) fn encode(extent: Extent, encoder: &mut Encoder, mut packed: Vec<u8>)
         (digest, Source::Padded(padded))
     };
 
-    packed.resize(EXTENT_SIZE as usize, 0);
     let mut used = 0;
     let mut clusters = [cluster::Encoded::Zero; CLUSTERS];
     for (outcome, bytes) in clusters.iter_mut().zip(source.bytes().chunks_exact(cluster_size)) {

@@ -36,6 +36,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+pub use self::window::SpareParts;
 use self::{
     assembler::{Assembler, Step},
     window::FullPart,
@@ -61,6 +62,8 @@ pub struct Settings {
     /// Threads, all at `SCHED_IDLE`: they run when nothing else wants to,
     /// because a hypervisor's cores are sold.
     pub threads: NonZeroUsize,
+    /// Memory that this image shares with those that are encoded at once.
+    pub spare: SpareParts,
 }
 
 /// What has passed so far, for progress.
@@ -104,7 +107,7 @@ pub struct Encoded {
 /// ended and all parts were taken.
 ///
 /// Blocks, and lowers the priority of its thread: call it on a thread of its
-/// own. At most `window::POOL` part buffers and the first part are alive.
+/// own. At most two part buffers, the spare ones and the first part are alive.
 ///
 /// # Errors
 ///
@@ -121,7 +124,12 @@ pub fn run(
         volume_size: settings.volume_size.get(),
         compression: settings.compression,
         pieces: Mutex::new(pieces),
-        assembler: Mutex::new(Assembler::new(settings.volume_size, settings.compression, stop)),
+        assembler: Mutex::new(Assembler::new(
+            settings.volume_size,
+            settings.compression,
+            &settings.spare,
+            stop,
+        )),
         outlet: Outlet { digests: Mutex::new(Vec::new()), parts, stop },
         meter,
     };

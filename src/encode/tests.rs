@@ -68,6 +68,7 @@ fn settings(volume: &[u8], compression: Compression, threads: usize) -> Settings
         volume_size: ByteSize(volume.len() as u64),
         compression,
         threads: NonZeroUsize::new(threads).unwrap(),
+        spare: SpareParts::default(),
     }
 }
 
@@ -226,6 +227,7 @@ fn who_takes_no_parts_ends_the_encoding() {
         volume_size: ByteSize::gib(1),
         compression: Compression::None,
         threads: NonZeroUsize::MIN,
+        spare: SpareParts::default(),
     };
     let error =
         run(&settings, pieces, parts_in, &Meter::default(), &CancellationToken::new()).unwrap_err();

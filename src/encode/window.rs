@@ -3,7 +3,11 @@
 use std::{
     collections::VecDeque,
     fmt,
-    sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    },
     time::Duration,
 };
 
@@ -16,9 +20,31 @@ use crate::{format::qcow2::layout::Emit, sys::aligned::AlignedBuf};
 pub(super) const FIRST_PART: u64 = 16 << 20;
 /// Bytes of every other part but the last.
 pub(super) const PART: u64 = 8 << 20;
-/// Buffers for these: one being filled, one that a table or a cluster may
-/// spill into, two on their way to the store, one being hashed.
-pub(super) const POOL: usize = 5;
+/// Buffers for these that each image has for itself: one being filled, and
+/// one that a table or a cluster may spill into, or that is on its way out.
+pub(super) const OWN: usize = 2;
+/// Buffers that all images share: a lone one has one more being hashed and
+/// one more on its way to the store.
+const SPARE: usize = 2;
+
+/// The buffers that images which are encoded at once share, so that the
+/// memory of all of them is bounded. Clones share them.
+#[derive(Debug, Clone)]
+pub struct SpareParts(Arc<AtomicUsize>);
+
+impl Default for SpareParts {
+    fn default() -> Self {
+        Self(Arc::new(AtomicUsize::new(SPARE)))
+    }
+}
+
+impl SpareParts {
+    fn take(&self) -> bool {
+        self.0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
+            .is_ok()
+    }
+}
 
 /// Open parts in order, beginning at the first byte that is not settled.
 #[derive(Debug)]
@@ -61,12 +87,12 @@ impl fmt::Debug for FullPart {
 }
 
 impl<'a> Window<'a> {
-    pub(super) fn new(stop: &'a CancellationToken) -> Self {
+    pub(super) fn new(spare: &SpareParts, stop: &'a CancellationToken) -> Self {
         Self {
             first: AlignedBuf::zeroed(FIRST_PART as usize),
             open: VecDeque::new(),
             gone: 0,
-            pool: Pool::new(stop),
+            pool: Pool::new(spare.clone(), stop),
         }
     }
 
@@ -159,14 +185,29 @@ impl Drop for Buffer {
 struct Pool<'a> {
     home: SyncSender<AlignedBuf>,
     returned: Receiver<AlignedBuf>,
-    made: usize,
+    /// Of its own, how many it may still make.
+    own: usize,
+    /// How many spare ones it has.
+    lent: usize,
+    spare: SpareParts,
     stop: &'a CancellationToken,
 }
 
 impl<'a> Pool<'a> {
-    fn new(stop: &'a CancellationToken) -> Self {
-        let (home, returned) = sync_channel(POOL);
-        Self { home, returned, made: 0, stop }
+    fn new(spare: SpareParts, stop: &'a CancellationToken) -> Self {
+        let (home, returned) = sync_channel(OWN + SPARE);
+        Self { home, returned, own: OWN, lent: 0, spare, stop }
+    }
+
+    /// Whether one more buffer may be made: it then counts.
+    fn grow(&mut self) -> bool {
+        if self.own > 0 {
+            self.own -= 1;
+            return true;
+        }
+        let lent = self.spare.take();
+        self.lent += usize::from(lent);
+        lent
     }
 
     /// A buffer with any contents; waits for the store to give one back.
@@ -177,10 +218,7 @@ impl<'a> Pool<'a> {
         loop {
             let memory = match self.returned.try_recv() {
                 Ok(memory) => memory,
-                Err(_) if self.made < POOL => {
-                    self.made += 1;
-                    AlignedBuf::zeroed(PART as usize)
-                }
+                Err(_) if self.grow() => AlignedBuf::zeroed(PART as usize),
                 Err(_) => match self.returned.recv_timeout(Duration::from_millis(100)) {
                     Ok(memory) => memory,
                     // Everything ends: what is written now is thrown away,
@@ -196,5 +234,11 @@ impl<'a> Pool<'a> {
             };
             return Buffer { memory: Some(memory), home };
         }
+    }
+}
+
+impl Drop for Pool<'_> {
+    fn drop(&mut self) {
+        self.spare.0.fetch_add(self.lent, Ordering::Relaxed);
     }
 }

@@ -130,6 +130,7 @@ impl Capture {
             volume_size: volume.facts().size,
             compression: self.image.origin.compression,
             threads: work.0.settings.encode_threads,
+            spare: work.0.spare.clone(),
         };
         let putting = AtomicUsize::new(0);
         let who = || match putting.load(Ordering::Relaxed) {

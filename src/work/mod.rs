@@ -33,6 +33,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use self::registry::Registry;
 use crate::{
     catalogue::Catalogue,
+    encode::SpareParts,
     error::{Error, Reason, Result},
     model::{
         ByteSize, CompartmentId, ImageId, WorkRequestId,
@@ -136,6 +137,8 @@ struct Inner {
     registry: Registry,
     /// Places for work that runs.
     places: Arc<Semaphore>,
+    /// Memory that captures share.
+    spare: SpareParts,
     tasks: TaskTracker,
     /// Cancelled when the daemon stops.
     closing: CancellationToken,
@@ -163,6 +166,7 @@ impl Work {
             catalogue,
             registry,
             places: Arc::new(Semaphore::new(settings.max_captures.get())),
+            spare: SpareParts::default(),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
             ports,
