@@ -10,19 +10,21 @@ use crate::{
     hypervisor::QemuHost,
     model::{host::Feature, instance::Instance},
     port::ObjectStore,
-    store::DirectoryStore,
+    store::LazyStore,
 };
 
 /// Names this host for ever, other than its name (machine-id(5)).
 const MACHINE_ID: &str = "/etc/machine-id";
 
 /// Makes the parts of this host. Boot volumes of `instances` may be read
-/// wherever they are.
+/// wherever they are. Stores are opened when they are first used, which the
+/// recovery does: one that is away must not keep the others, and what is to
+/// be undone, waiting.
 ///
 /// # Errors
 ///
-/// `STORE_UNAVAILABLE` for a store that cannot be opened: a daemon that
-/// starts without its store would show no image at all.
+/// `INTERNAL`: this host cannot be told from others.
+#[allow(clippy::unused_async, reason = "as every way to make the parts")]
 pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let (engine, io_uring) = engine();
     let mut allowed = config.boot_volume_dirs;
@@ -33,7 +35,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let host_id = host_id()?;
     let mut stores: Vec<Arc<dyn ObjectStore>> = Vec::new();
     for (name, StoreConfig { kind: StoreKind::Directory, path, min_free }) in config.stores {
-        stores.push(Arc::new(DirectoryStore::open(name, &path, min_free, host_id.clone()).await?));
+        stores.push(Arc::new(LazyStore::directory(name, path, min_free, host_id.clone())));
     }
     Ok(Parts {
         clock: Arc::new(SystemClock::new()?),

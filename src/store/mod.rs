@@ -3,5 +3,6 @@
 //! The form of a directory store is written down in `docs/store-format.md`.
 
 mod directory;
+mod lazy;
 
-pub use directory::DirectoryStore;
+pub use self::{directory::DirectoryStore, lazy::LazyStore};

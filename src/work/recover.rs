@@ -5,34 +5,53 @@ use super::{Ports, tracker};
 use crate::{
     error::{Error, Reason, Result},
     model::work_request::{Action, Resource, Status, WorkRequest},
+    port::ObjectStore,
 };
 
 /// Removes what dead uploads left and ends the requests that they belonged
 /// to. Returns all requests that are remembered.
 pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
+    let mut stores = Stores::default();
     for store in &ports.stores {
         match store.sweep().await {
             Ok(0) => {}
             Ok(uploads) => {
                 tracing::warn!(store = store.name(), uploads, "removed unfinished uploads");
             }
-            // The others still serve; `host get` tells of this one.
-            Err(error) => tracing::error!(store = store.name(), "{error:?}"),
+            // The others still serve; `host get` tells of this one. It is not
+            // asked again for each request: that would take for ever.
+            Err(error) => {
+                tracing::error!(store = store.name(), "{error:?}");
+                stores.away.get_or_insert_with(|| in_one_line(&error));
+                continue;
+            }
         }
+        stores.there.push(store.as_ref());
     }
     let mut requests = ports.journal.load().await?;
     for request in requests.iter_mut().filter(|request| !request.status.is_final()) {
         let now = ports.clock.now();
-        if made_its_image(ports, request).await {
-            request.finish(Status::Succeeded, None, now);
-        } else {
-            let error = Error::new(Reason::DaemonStopped, "imaged died before the work was done")
-                .advice("no image came of it, and its remains are removed; ask again");
-            let status = match request.status {
-                Status::Canceling => Status::Canceled,
-                _ => Status::Failed,
-            };
-            request.finish(status, Some(tracker::entry(&error, now)), now);
+        match stores.made_its_image(request).await {
+            Made::Yes => request.finish(Status::Succeeded, None, now),
+            Made::No => {
+                let error =
+                    Error::new(Reason::DaemonStopped, "imaged died before the work was done")
+                        .advice("no image came of it, and its remains are removed; ask again");
+                let status = match request.status {
+                    Status::Canceling => Status::Canceled,
+                    _ => Status::Failed,
+                };
+                request.finish(status, Some(tracker::entry(&error, now)), now);
+            }
+            Made::Unknown(why) => {
+                let context = "imaged died before it told of the end of the work, and it is not \
+                               known whether the image was made";
+                let error = Error::new(Reason::DaemonStopped, context).because(why).advice(
+                    "when the store answers again `imagectl image list` shows the image if it \
+                     was made, and otherwise its remains are removed: look before asking again",
+                );
+                request.finish(Status::Failed, Some(tracker::entry(&error, now)), now);
+            }
         }
         ports.journal.put(request).await?;
         tracing::warn!(work_request = %request.id, status = ?request.status,
@@ -43,16 +62,43 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
 
 /// Whether imaged died between the last step, which makes the image exist,
 /// and telling of it.
-async fn made_its_image(ports: &Ports, request: &WorkRequest) -> bool {
-    let made = |resource: &&Resource| resource.action == Action::InProgress;
-    let image = request.resources.iter().find(made);
-    let Some(id) = image.and_then(|image| image.identifier.parse().ok()) else { return false };
-    for store in &ports.stores {
-        match store.get(&id).await {
-            Ok(Some(_)) => return true,
-            Ok(None) => {}
-            Err(error) => tracing::error!(store = store.name(), "{error:?}"),
+enum Made {
+    Yes,
+    No,
+    /// A store that may have it does not answer.
+    Unknown(String),
+}
+
+/// The stores as they answered to the sweep.
+#[derive(Default)]
+struct Stores<'a> {
+    there: Vec<&'a dyn ObjectStore>,
+    /// Why another did not.
+    away: Option<String>,
+}
+
+impl Stores<'_> {
+    async fn made_its_image(&self, request: &WorkRequest) -> Made {
+        let made = |resource: &&Resource| resource.action == Action::InProgress;
+        let image = request.resources.iter().find(made);
+        let Some(id) = image.and_then(|image| image.identifier.parse().ok()) else {
+            return Made::No;
+        };
+        let mut unknown = self.away.clone();
+        for store in &self.there {
+            match store.get(&id).await {
+                Ok(Some(_)) => return Made::Yes,
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::error!(store = store.name(), "{error:?}");
+                    unknown = Some(in_one_line(&error));
+                }
+            }
         }
+        unknown.map_or(Made::No, Made::Unknown)
     }
-    false
+}
+
+fn in_one_line(error: &Error) -> String {
+    error.causes().fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }

@@ -1,4 +1,4 @@
-//! A store that fails in the middle.
+//! A store that fails in the middle, or is away at the start.
 
 use std::{fs, thread, time::Duration};
 
@@ -88,4 +88,77 @@ fn root_a_store_that_vanishes_fails_the_image_and_is_not_filled_elsewhere() {
     assert!(said.contains("is it mounted?"), "{said}");
     thread::sleep(Duration::from_millis(100));
     assert_eq!(fs::read_dir(&store).unwrap().count(), 0, "the bare directory was written to");
+}
+
+fn is_empty(directory: &std::path::Path) -> bool {
+    fs::read_dir(directory).unwrap().next().is_none()
+}
+
+#[test]
+#[ignore = "needs root"]
+fn root_a_store_that_is_away_at_the_start_keeps_nothing_else_from_working() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = dir.path().join("small.raw");
+    sparse_file(&volume, 8 * MIB, &[(0, noise(1 << 20, 3))]);
+    let far = dir.path().join("mount");
+    let lines = format!(
+        "boot_volume_dirs = [{:?}]\ndefault_store = \"near\"\n\
+         [stores.near]\nkind = \"directory\"\npath = {:?}\nmin_free = \"1MiB\"\n\
+         [stores.far]\nkind = \"directory\"\npath = {:?}\nmin_free = \"1MiB\"\n",
+        dir.path().display().to_string(),
+        dir.path().join("near").display().to_string(),
+        far.join("images").display().to_string(),
+    );
+    let daemon = Daemon::start(&Config { lines, ..Config::default() });
+    let stores = daemon.json(&["host", "get"])["data"]["stores"].clone();
+    let problem = |name: &str| {
+        let store = stores.as_array().unwrap().iter().find(|store| store["name"] == name);
+        store.unwrap()["problem"].as_str().unwrap_or_default().to_owned()
+    };
+    assert!(problem("far").contains("because"), "{stores}");
+    assert_eq!(problem("near"), "");
+
+    let image = daemon.create(&volume, &[])["id"].as_str().unwrap().to_owned();
+    // A list without one store's images would look complete.
+    let said = daemon.refusal(&["image", "list"]);
+    assert!(said.contains("store \"far\" cannot be opened"), "{said}");
+    assert!(said.contains("mount its filesystem") && said.contains("again whenever"), "{said}");
+    assert_eq!(daemon.json(&["image", "get", "--image-id", &image])["data"]["store"], "near");
+
+    fs::create_dir(&far).unwrap();
+    assert_eq!(daemon.json(&["image", "list"])["data"][0]["id"], image.as_str());
+}
+
+#[test]
+#[ignore = "needs root"]
+fn root_what_became_of_an_image_in_a_store_that_is_away_is_not_guessed() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = slow_volume(dir.path());
+    let mount = dir.path().join("mount");
+    fs::create_dir(&mount).unwrap();
+    let config = Config {
+        lines: format!("boot_volume_dirs = [{:?}]", dir.path().display().to_string()),
+        store: Some(mount.join("store")),
+        ..Config::default()
+    };
+    let daemon = Daemon::start(&config);
+    let request = running(&daemon, &volume);
+    let kept = daemon.kill().unwrap();
+    let away = dir.path().join("away");
+    fs::rename(&mount, &away).unwrap();
+
+    let daemon = Daemon::start_in(kept.path(), &config);
+    let ended =
+        daemon.json(&["work-request", "get", "--work-request-id", &request])["data"].clone();
+    assert_eq!(ended["status"], "FAILED");
+    let message = ended["errors"][0]["message"].as_str().unwrap();
+    assert!(message.contains("it is not known whether the image was made"), "{message}");
+    assert!(message.contains("store \"test\" cannot be opened"), "{message}");
+    assert!(message.contains("`imagectl image list`"), "{message}");
+    assert!(!is_empty(&away.join("store/images")));
+
+    // Its first use, whatever that is, opens it and removes the remains.
+    fs::rename(&away, &mount).unwrap();
+    assert!(daemon.json(&["image", "list"])["data"].as_array().unwrap().is_empty());
+    assert!(is_empty(&mount.join("store/images")));
 }

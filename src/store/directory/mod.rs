@@ -107,14 +107,20 @@ impl DirectoryStore {
         let threads = Threads::new(path);
         let for_store = threads.clone();
         let path = path.to_owned();
-        let open = move || {
-            let root = Root::open(&path)?;
-            let instance = root::random_id()?;
-            let owner = Owner::new(host_id, instance);
-            let mentioned = Mutex::default();
-            Ok(Store { name, root, min_free, owner, threads: for_store, mentioned })
-        };
+        let open = move || Store::open(name, &path, min_free, host_id, for_store);
         Ok(Self { store: Arc::new(threads.run(NAMES, open).await?) })
+    }
+
+    /// As [`open`](Self::open), and blocks, however long it takes: whoever
+    /// waits for it knows when its thread is free again.
+    pub(super) fn open_now(
+        name: String,
+        path: &Path,
+        min_free: ByteSize,
+        host_id: String,
+    ) -> Result<Self> {
+        let store = Store::open(name, path, min_free, host_id, Threads::new(path))?;
+        Ok(Self { store: Arc::new(store) })
     }
 
     /// Runs `job` on the store.
@@ -206,6 +212,18 @@ impl ObjectStore for DirectoryStore {
 }
 
 impl Store {
+    fn open(
+        name: String,
+        path: &Path,
+        min_free: ByteSize,
+        host_id: String,
+        threads: Threads,
+    ) -> Result<Self> {
+        let root = Root::open(path)?;
+        let owner = Owner::new(host_id, root::random_id()?);
+        Ok(Self { name, root, min_free, owner, threads, mentioned: Mutex::default() })
+    }
+
     fn full(&self, free: ByteSize, need: String) -> Error {
         let Self { name, min_free, .. } = self;
         Error::new(
