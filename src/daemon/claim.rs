@@ -21,7 +21,7 @@ use std::{
 use nix::{
     errno::Errno,
     sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
-    unistd::{Group, getegid, geteuid},
+    unistd::{Group, geteuid},
 };
 
 use crate::{
@@ -34,8 +34,11 @@ use crate::{
 const STATE_MODE: u32 = 0o700;
 /// Clients must be able to reach the socket.
 const RUNTIME_MODE: u32 = 0o755;
-/// The daemon's user and its group.
-const SOCKET_MODE: u32 = 0o660;
+/// The daemon's user and the socket's group.
+const SHARED_MODE: u32 = 0o660;
+/// The daemon's user alone, where there is no such group: a process of the
+/// group that the daemon happens to run in, `root`, is nobody special.
+const PRIVATE_MODE: u32 = 0o600;
 
 /// A state directory and a socket that are this process's alone. Dropping it
 /// removes the socket.
@@ -50,10 +53,10 @@ pub(super) struct Claim {
 
 /// Whose members may call.
 #[derive(Debug)]
-struct SocketGroup {
-    gid: u32,
-    /// Why it is not the group that was meant.
-    problem: Option<Error>,
+enum SocketGroup {
+    Members(u32),
+    /// Nobody but root and the daemon's user, and why.
+    Nobody(Error),
 }
 
 impl Claim {
@@ -76,7 +79,7 @@ impl Claim {
         let used = format!("the socket {}", path.display());
         let socket = lock(&path.with_added_extension("lock"), &used)?;
         refuse_if_served(&path)?;
-        let (listener, group) = bind(&path, config.socket_group.as_deref())?;
+        let (listener, group) = bind(&path, config.socket_group.as_deref(), DEFAULT_GROUP)?;
         Ok(Self { path, listener, group, _state: state, _socket: socket })
     }
 
@@ -90,12 +93,19 @@ impl Claim {
 
     /// Who may call.
     pub fn access(&self) -> Access {
-        Access { owner: geteuid().as_raw(), group: self.group.gid }
+        let group = match self.group {
+            SocketGroup::Members(gid) => Some(gid),
+            SocketGroup::Nobody(_) => None,
+        };
+        Access { owner: geteuid().as_raw(), group }
     }
 
-    /// Why others than meant may call.
+    /// Why no group may call.
     pub fn problem(&self) -> Option<&Error> {
-        self.group.problem.as_ref()
+        match &self.group {
+            SocketGroup::Members(_) => None,
+            SocketGroup::Nobody(problem) => Some(problem),
+        }
     }
 }
 
@@ -184,7 +194,7 @@ fn refuse_if_served(path: &Path) -> Result<()> {
 
 /// Binds beside `path` and moves the socket there when its mode and group are
 /// right, which also replaces a dead one at once.
-fn bind(path: &Path, group: Option<&str>) -> Result<(UnixListener, SocketGroup)> {
+fn bind(path: &Path, group: Option<&str>, default: &str) -> Result<(UnixListener, SocketGroup)> {
     let unusable = || format!("the socket {} cannot be made", path.display());
     let fresh = path.with_added_extension("new");
     match fs::remove_file(&fresh) {
@@ -194,19 +204,25 @@ fn bind(path: &Path, group: Option<&str>) -> Result<(UnixListener, SocketGroup)>
         _ => {}
     }
     let listener = UnixListener::bind(&fresh).context(Reason::InvalidConfiguration, unusable)?;
-    fs::set_permissions(&fresh, fs::Permissions::from_mode(SOCKET_MODE))
-        .context(Reason::InvalidConfiguration, unusable)?;
-    let group = give_to_group(&fresh, group)?;
+    let set_mode = |mode| {
+        fs::set_permissions(&fresh, fs::Permissions::from_mode(mode))
+            .context(Reason::InvalidConfiguration, unusable)
+    };
+    set_mode(PRIVATE_MODE)?;
+    let group = give_to_group(&fresh, group, default)?;
+    if matches!(group, SocketGroup::Members(_)) {
+        set_mode(SHARED_MODE)?;
+    }
     fs::rename(&fresh, path).context(Reason::InvalidConfiguration, unusable)?;
     Ok((listener, group))
 }
 
 /// Gives `socket` to the group that was named, which must exist: a typing
 /// error must not lock its members out. Where none was named and there is no
-/// group `imaged`, the daemon serves root and says so, because a first start
+/// group `default`, the daemon serves root and says so, because a first start
 /// should not fail for that.
-fn give_to_group(socket: &Path, named: Option<&str>) -> Result<SocketGroup> {
-    let name = named.unwrap_or(DEFAULT_GROUP);
+fn give_to_group(socket: &Path, named: Option<&str>, default: &str) -> Result<SocketGroup> {
+    let name = named.unwrap_or(default);
     let failed = || format!("the socket cannot be given to the group {name:?}");
     let given =
         match Group::from_name(name) {
@@ -221,23 +237,22 @@ fn give_to_group(socket: &Path, named: Option<&str>) -> Result<SocketGroup> {
             Err(cause) => Err(cause).context(Reason::InvalidConfiguration, failed),
         };
     match given {
-        Ok(gid) => Ok(SocketGroup { gid, problem: None }),
+        Ok(gid) => Ok(SocketGroup::Members(gid)),
         Err(error) if named.is_some() => {
             Err(error.advice("make the group, or set another socket_group"))
         }
-        Err(error) => {
-            let error = error.advice(format!(
-                "only root may call; make the group with \"groupadd --system {name}\", add those \
-                 who may call, and restart imaged"
-            ));
-            Ok(SocketGroup { gid: getegid().as_raw(), problem: Some(error) })
-        }
+        Err(error) => Ok(SocketGroup::Nobody(error.advice(format!(
+            "only root may call; make the group with \"groupadd --system {name}\", add those who \
+             may call, and restart imaged"
+        )))),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use std::os::unix::{fs::MetadataExt, net::UnixStream};
+
+    use nix::unistd::getegid;
 
     use super::*;
 
@@ -266,7 +281,7 @@ mod tests {
         assert_eq!(mode("run"), 0o755);
         assert_eq!(mode("run/imaged.sock"), 0o660);
         let socket = dir.path().join("run/imaged.sock").metadata().unwrap();
-        assert_eq!(socket.gid(), claim.access().group);
+        assert_eq!(Some(socket.gid()), claim.access().group);
         drop(claim);
         assert!(!dir.path().join("run/imaged.sock").exists());
     }
@@ -316,6 +331,20 @@ mod tests {
           help: move it away, or set another socket
         ");
         assert_eq!(fs::read_to_string(&config.socket).unwrap(), "precious");
+    }
+
+    #[test]
+    fn without_a_group_the_socket_is_the_users_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("imaged.sock");
+        let (_listener, group) = bind(&path, None, "no-such-group").unwrap();
+        assert_eq!(path.metadata().unwrap().mode() & 0o777, 0o600);
+        let SocketGroup::Nobody(problem) = group else { panic!("{group:?}") };
+        insta::assert_snapshot!(problem.report(), @r#"
+        the socket cannot be given to the group "no-such-group"
+          0: there is no such group
+          help: only root may call; make the group with "groupadd --system no-such-group", add those who may call, and restart imaged
+        "#);
     }
 
     #[test]

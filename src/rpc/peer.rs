@@ -38,8 +38,8 @@ const NAME_PATIENCE: Duration = Duration::from_secs(1);
 pub struct Access {
     /// The user that the daemon runs as.
     pub owner: u32,
-    /// The socket's group: its members may call.
-    pub group: u32,
+    /// The socket's group, if it has one: its members may call.
+    pub group: Option<u32>,
 }
 
 impl Access {
@@ -47,7 +47,9 @@ impl Access {
     /// the same; this holds also when somebody changes the mode.
     #[must_use]
     pub fn allows(self, peer: &PeerCredentials) -> bool {
-        peer.uid == 0 || peer.uid == self.owner || peer.is_member(self.group)
+        peer.uid == 0
+            || peer.uid == self.owner
+            || self.group.is_some_and(|group| peer.is_member(group))
     }
 
     /// Refuses a call of whoever may not.
@@ -59,12 +61,20 @@ impl Access {
         if self.allows(&peer.0) {
             return Ok(());
         }
-        let message = format!(
-            "uid {} is neither root nor a member of the group {} of the socket",
-            peer.0.uid, self.group
-        );
-        Err(Error::new(Reason::PermissionDenied, message)
-            .advice("add the user to that group, or ask as root; then connect anew"))
+        let uid = peer.0.uid;
+        let (message, advice) = match self.group {
+            Some(group) => (
+                format!(
+                    "uid {uid} is neither root nor a member of the group {group} of the socket"
+                ),
+                "add the user to that group, or ask as root; then connect anew",
+            ),
+            None => (
+                format!("uid {uid} is not root, and the socket has no group"),
+                "ask as root; `imagectl host get` tells root how to give the socket a group",
+            ),
+        };
+        Err(Error::new(Reason::PermissionDenied, message).advice(advice))
     }
 }
 
@@ -185,7 +195,7 @@ mod tests {
 
     #[test]
     fn root_the_owner_and_the_group_may_call_and_nobody_else() {
-        let access = Access { owner: 500, group: 77 };
+        let access = Access { owner: 500, group: Some(77) };
         let peer = |uid, gid, groups: &[u32]| {
             access.allows(&PeerCredentials { uid, gid, groups: groups.to_vec() })
         };
@@ -198,12 +208,27 @@ mod tests {
     }
 
     #[test]
+    fn without_a_group_the_group_root_is_nobody_special() {
+        let access = Access { owner: 0, group: None };
+        let peer = |uid, gid, groups: &[u32]| {
+            access.allows(&PeerCredentials { uid, gid, groups: groups.to_vec() })
+        };
+        assert!(peer(0, 0, &[]));
+        assert!(!peer(1000, 0, &[0]));
+        assert!(!peer(1000, 1000, &[0]));
+    }
+
+    #[test]
     fn a_refusal_says_what_to_do() {
         let peer = Peer(Arc::new(PeerCredentials { uid: 1000, gid: 1000, groups: vec![] }));
-        let error = Access { owner: 0, group: 77 }.check(&peer).unwrap_err();
-        insta::assert_snapshot!(error.report(), @"
+        let refusal = |group| Access { owner: 0, group }.check(&peer).unwrap_err().report();
+        insta::assert_snapshot!(refusal(Some(77)), @"
         uid 1000 is neither root nor a member of the group 77 of the socket
           help: add the user to that group, or ask as root; then connect anew
+        ");
+        insta::assert_snapshot!(refusal(None), @"
+        uid 1000 is not root, and the socket has no group
+          help: ask as root; `imagectl host get` tells root how to give the socket a group
         ");
     }
 
