@@ -145,8 +145,9 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// upload begins. Returns how many there were.
     fn sweep(&self) -> BoxFuture<'_, Result<usize>>;
 
-    /// Every whole image, in no order. An image whose manifest cannot be
-    /// understood is left out with a warning.
+    /// Every whole image, in no order, without its parts: there are up to
+    /// 51,200 of each, and a list shows none. An image whose manifest cannot
+    /// be understood is left out with a warning.
     fn list(&self) -> BoxFuture<'_, Result<Vec<(Manifest, Record)>>>;
     /// One whole image; `None` when there is none.
     fn get<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Option<(Manifest, Record)>>>;

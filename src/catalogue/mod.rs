@@ -8,6 +8,8 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use tokio::sync::Semaphore;
+
 use crate::{
     error::{Error, Reason, Result},
     model::{
@@ -22,7 +24,13 @@ use crate::{
 pub struct Catalogue {
     stores: Vec<Arc<dyn ObjectStore>>,
     provisioning: Mutex<BTreeMap<ImageId, Image>>,
+    /// Held while the stores are listed.
+    listing: Semaphore,
 }
+
+/// Lists that are made at once: each is as large as there are images, some
+/// KiB of memory for each, however many ask.
+const LISTS: usize = 2;
 
 /// A whole image and the store that has it.
 #[derive(Debug)]
@@ -37,7 +45,7 @@ impl Catalogue {
     /// A catalogue of `stores`.
     #[must_use]
     pub fn new(stores: Vec<Arc<dyn ObjectStore>>) -> Self {
-        Self { stores, provisioning: Mutex::default() }
+        Self { stores, provisioning: Mutex::default(), listing: Semaphore::new(LISTS) }
     }
 
     /// All stores, in the order of the configuration.
@@ -68,13 +76,16 @@ impl Catalogue {
         self.lock().remove(id);
     }
 
-    /// All images, those being made included, by id.
+    /// All images, those being made included, by id; without their parts.
+    /// Two callers are answered at once, others wait.
     ///
     /// # Errors
     ///
     /// `STORE_UNAVAILABLE`: a list without one store's images would look
     /// complete.
     pub async fn list(&self) -> Result<Vec<Image>> {
+        // Never closed.
+        let _place = self.listing.acquire().await;
         // First what is being made: what is sealed meanwhile then replaces it.
         let mut images = self.lock().clone();
         for store in &self.stores {

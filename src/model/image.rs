@@ -146,6 +146,12 @@ pub enum ManifestSchema {
     V1,
 }
 
+impl AsRef<Self> for Manifest {
+    fn as_ref(&self) -> &Self {
+        self
+    }
+}
+
 impl Manifest {
     /// The image that this manifest and `record` describe.
     #[must_use]

@@ -183,15 +183,19 @@ fn time(time: Timestamp) -> PbTimestamp {
     }
 }
 
+pub(super) fn lifecycle_state(state: &ImageState) -> pb::image::LifecycleState {
+    use pb::image::LifecycleState;
+    match state {
+        ImageState::Provisioning => LifecycleState::Provisioning,
+        ImageState::Available(_) => LifecycleState::Available,
+        ImageState::Deleted => LifecycleState::Deleted,
+    }
+}
+
 impl From<Image> for pb::Image {
     fn from(image: Image) -> Self {
-        use pb::image::LifecycleState;
         let Image { id, record, origin, state } = image;
-        let (lifecycle_state, stored) = match state {
-            ImageState::Provisioning => (LifecycleState::Provisioning, None),
-            ImageState::Available(stored) => (LifecycleState::Available, Some(stored)),
-            ImageState::Deleted => (LifecycleState::Deleted, None),
-        };
+        let lifecycle_state = lifecycle_state(&state);
         let mut to = Self {
             id: id.into(),
             compartment_id: record.compartment_id.into(),
@@ -213,7 +217,7 @@ impl From<Image> for pb::Image {
             compression: pb::Compression::from(origin.compression).into(),
             ..Self::default()
         };
-        if let Some(stored) = stored {
+        if let ImageState::Available(stored) = state {
             to.size_in_mbs = stored.virtual_size.mib_rounded_up();
             to.format = stored.format.to_string();
             to.virtual_size_bytes = stored.virtual_size.get();

@@ -88,12 +88,13 @@ fn list(images: Vec<Image>, wanted: &pb::ListImagesRequest) -> Result<pb::ListIm
             .because(cause)
     })?;
     let is = |filter: &str, value: &str| filter.is_empty() || filter == value;
-    let matches = |image: &pb::Image| {
-        is(&wanted.compartment_id, &image.compartment_id)
-            && is(&wanted.display_name, &image.display_name)
-            && is(&wanted.operating_system, &image.operating_system)
-            && is(&wanted.operating_system_version, &image.operating_system_version)
-            && (state == pb::image::LifecycleState::Unspecified || state == image.lifecycle_state())
+    let matches = |image: &Image| {
+        is(&wanted.compartment_id, image.record.compartment_id.as_str())
+            && is(&wanted.display_name, &image.record.display_name)
+            && is(&wanted.operating_system, &image.origin.os.name)
+            && is(&wanted.operating_system_version, &image.origin.os.version)
+            && (state == pb::image::LifecycleState::Unspecified
+                || state == convert::lifecycle_state(&image.state))
     };
     let keyed = |image: Image| {
         let key = match order {
@@ -104,9 +105,9 @@ fn list(images: Vec<Image>, wanted: &pb::ListImagesRequest) -> Result<pb::ListIm
                 Key::name(&image.record.display_name, image.id.as_str())
             }
         };
-        (key, pb::Image::from(image))
+        (key, image)
     };
-    let items = images.into_iter().map(keyed).filter(|(_, image)| matches(image)).collect();
+    let items = images.into_iter().filter(matches).map(keyed).collect();
     let (items, next_page) =
         page::cut(items, Wanted { order, limit: wanted.limit, page: &wanted.page })?;
     Ok(pb::ListImagesResponse { items, next_page })

@@ -62,11 +62,11 @@ pub(super) struct Wanted<'a> {
 }
 
 /// The page that was asked for, and the token of the next one, empty after
-/// the last.
-pub(super) fn cut<T: Message>(
+/// the last. Only what is on the page becomes a message.
+pub(super) fn cut<T: Into<M>, M: Message>(
     mut items: Vec<(Key, T)>,
     wanted: Wanted<'_>,
-) -> Result<(Vec<T>, String)> {
+) -> Result<(Vec<M>, String)> {
     let limit = match usize::try_from(wanted.limit) {
         Ok(0) => DEFAULT_LIMIT,
         Ok(limit) if limit <= MAX_LIMIT => limit,
@@ -88,6 +88,7 @@ pub(super) fn cut<T: Message>(
     let mut bytes = 0;
     let mut last = None;
     for (key, item) in items.into_iter().skip_while(|(key, _)| is_before(key)) {
+        let item = item.into();
         bytes += item.encoded_len();
         if let Some(last) = last.take_if(|_| page.len() == limit || bytes > MAX_BYTES) {
             return Ok((page, encode(&Token { order: wanted.order, after: last })?));
@@ -130,6 +131,8 @@ fn hex_byte(pair: &[u8]) -> Option<u8> {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
     use crate::pb;
 
@@ -142,7 +145,8 @@ mod tests {
     }
 
     fn page(names: &[&str], order: Order, limit: u32, page: &str) -> (Vec<String>, String) {
-        let (items, next) = cut(items(names), Wanted { order, limit, page }).unwrap();
+        let (items, next): (Vec<pb::Feature>, _) =
+            cut(items(names), Wanted { order, limit, page }).unwrap();
         (items.into_iter().map(|feature| feature.name).collect(), next)
     }
 
@@ -181,9 +185,10 @@ mod tests {
             })
             .into();
         let wanted = Wanted { order: Order::NameUp, limit: 0, page: "" };
-        let (first, next) = cut(items.clone(), wanted).unwrap();
+        let (first, next): (Vec<pb::Feature>, _) = cut(items.clone(), wanted).unwrap();
         assert_eq!(first.len(), 2);
-        let (second, next) = cut(items, Wanted { page: &next, ..wanted }).unwrap();
+        let wanted = Wanted { page: &next, ..wanted };
+        let (second, next): (Vec<pb::Feature>, _) = cut(items, wanted).unwrap();
         assert_eq!((second.len(), next.as_str()), (1, ""));
     }
 
@@ -199,10 +204,28 @@ mod tests {
             (Order::NameDown, next.as_str()),
         ] {
             let wanted = Wanted { order, limit: 1, page: token };
-            let error = cut(items(&["a", "b"]), wanted).unwrap_err();
+            let error = cut::<_, pb::Feature>(items(&["a", "b"]), wanted).unwrap_err();
             assert_eq!(error.field_name(), Some("page"), "{token}");
         }
         let wanted = Wanted { order: Order::NameUp, limit: 1001, page: "" };
-        assert_eq!(cut(items(&["a"]), wanted).unwrap_err().field_name(), Some("limit"));
+        let error = cut::<_, pb::Feature>(items(&["a"]), wanted).unwrap_err();
+        assert_eq!(error.field_name(), Some("limit"));
+    }
+
+    #[test]
+    fn only_the_page_becomes_messages() {
+        struct Counted<'a>(&'a Cell<u32>);
+        impl From<Counted<'_>> for pb::Feature {
+            fn from(item: Counted<'_>) -> Self {
+                item.0.set(item.0.get() + 1);
+                Self::default()
+            }
+        }
+        let made = Cell::new(0);
+        let items = (0..1000).map(|n| (Key::time(n, "x"), Counted(&made))).collect();
+        let wanted = Wanted { order: Order::NewestFirst, limit: 10, page: "" };
+        let (page, next): (Vec<pb::Feature>, _) = cut(items, wanted).unwrap();
+        assert!(page.len() == 10 && !next.is_empty());
+        assert_eq!(made.get(), 11, "the page, and one to see that it is not the last");
     }
 }

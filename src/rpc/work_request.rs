@@ -114,7 +114,7 @@ fn list(
         .filter(matches)
         .map(|request| {
             let key = Key::time(request.time_accepted.as_millis(), request.id.as_str());
-            (key, request.into())
+            (key, request)
         })
         .collect();
     let wanted = Wanted { order: Order::NewestFirst, limit: wanted.limit, page: &wanted.page };

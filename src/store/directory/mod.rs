@@ -18,6 +18,7 @@ mod object;
 mod reader;
 mod removal;
 mod root;
+mod skim;
 #[cfg(test)]
 mod tests;
 mod threads;
@@ -30,11 +31,14 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
+use serde::de::DeserializeOwned;
+
 use self::{
     claim::{CLAIM, Owner},
     files::{Dir, During},
     reader::DirectoryReader,
     root::Root,
+    skim::Skimmed,
     threads::{NAMES, Threads},
     upload::DirectoryUpload,
 };
@@ -171,7 +175,9 @@ impl ObjectStore for DirectoryStore {
 
     fn get<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Option<(Manifest, Record)>>> {
         let id = id.clone();
-        self.run(move |store| Ok(store.load(&store.root.images()?, &id)?.map(|(_, image)| image)))
+        self.run(move |store| {
+            Ok(store.load::<Manifest>(&store.root.images()?, &id)?.map(|(_, image)| image))
+        })
     }
 
     fn open<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Box<dyn ObjectReader>>> {
@@ -241,9 +247,11 @@ impl Store {
             let image = name
                 .parse()
                 .context(Reason::ImageCorrupt, || format!("{name:?} is no OCID"))
-                .and_then(|id| self.load(&images, &id));
+                .and_then(|id| self.load::<Skimmed>(&images, &id));
             match image {
-                Ok(image) => whole.extend(image.map(|(_, image)| image)),
+                Ok(image) => {
+                    whole.extend(image.map(|(_, (Skimmed(manifest), record))| (manifest, record)));
+                }
                 Err(error) => {
                     if !self.lock_mentioned().contains(&name) {
                         tracing::warn!(store = self.name, name, ?error, "left out of the list");
@@ -261,7 +269,11 @@ impl Store {
     }
 
     /// The image `id` with its directory; `None` if there is no manifest.
-    fn load(&self, images: &Dir, id: &ImageId) -> Result<Option<(Dir, (Manifest, Record))>> {
+    fn load<M: DeserializeOwned + AsRef<Manifest>>(
+        &self,
+        images: &Dir,
+        id: &ImageId,
+    ) -> Result<Option<(Dir, (M, Record))>> {
         let path = images.path_of(id.as_str());
         let read = |dir: &Dir, file, limit| match dir.read(file, limit) {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -272,9 +284,10 @@ impl Store {
             opened => opened.during(|| format!("cannot open {}", path.display()))?,
         };
         let Some(manifest) = read(&dir, MANIFEST, MAX_MANIFEST)? else { return Ok(None) };
-        let manifest: Manifest = parse(&dir, MANIFEST, &manifest)?;
-        if manifest.id != *id {
-            let context = format!("{}/{MANIFEST} is of image {}", path.display(), manifest.id);
+        let manifest: M = parse(&dir, MANIFEST, &manifest)?;
+        let named = &manifest.as_ref().id;
+        if named != id {
+            let context = format!("{}/{MANIFEST} is of image {named}", path.display());
             return Err(Error::new(Reason::ImageCorrupt, context));
         }
         let Some(record) = read(&dir, RECORD, MAX_RECORD)? else {
@@ -291,7 +304,7 @@ impl Store {
 
     /// The image `id`, which must be there.
     fn existing(&self, id: &ImageId) -> Result<(Dir, Manifest)> {
-        match self.load(&self.root.images()?, id)? {
+        match self.load::<Manifest>(&self.root.images()?, id)? {
             Some((dir, (manifest, _))) => Ok((dir, manifest)),
             None => Err(Error::new(
                 Reason::ImageNotFound,
@@ -301,7 +314,7 @@ impl Store {
     }
 }
 
-fn parse<T: serde::de::DeserializeOwned>(dir: &Dir, file: &str, bytes: &[u8]) -> Result<T> {
+fn parse<T: DeserializeOwned>(dir: &Dir, file: &str, bytes: &[u8]) -> Result<T> {
     serde_json::from_slice(bytes)
         .context(Reason::ImageCorrupt, || {
             format!("{} cannot be understood", dir.path_of(file).display())
