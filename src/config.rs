@@ -27,7 +27,7 @@ use self::{
 };
 use crate::{
     error::{Context, Reason, Result},
-    model::{ByteSize, CompartmentId},
+    model::{ByteSize, CompartmentId, image::MAX_VOLUME_SIZE},
 };
 
 /// Read where no other file is named.
@@ -76,7 +76,8 @@ pub struct Config {
     /// one volume keep an NVMe disk at its limit.
     #[serde(deserialize_with = "read_depth")]
     pub read_depth: NonZeroU16,
-    /// Larger volumes are refused. Default: `"400GiB"`.
+    /// Larger volumes are refused. Default: `"400GiB"`; at most
+    /// [`MAX_VOLUME_SIZE`].
     #[serde(deserialize_with = "size")]
     pub max_volume_size: ByteSize,
     /// Larger volumes give a warning. Default: `"400GB"` (10^9), the largest
@@ -191,6 +192,10 @@ pub fn parse(text: &str, origin: &Path) -> Result<Config> {
             return Err(source.refuse(&["stores", name], format!("not a name: {cause}")));
         }
     }
+    if config.max_volume_size > MAX_VOLUME_SIZE {
+        let message = format!("more than {MAX_VOLUME_SIZE}, the largest volume that can be imaged");
+        return Err(source.refuse(&["max_volume_size"], message));
+    }
     if config.warn_volume_size > config.max_volume_size {
         let limit = config.max_volume_size;
         let message = format!("larger than max_volume_size ({limit:#}), so it would never warn");
@@ -270,8 +275,8 @@ mod tests {
             default_compartment = "ocid1.compartment.oc1..aaaa"
             encode_threads = "all"
             read_depth = 32
-            max_volume_size = "2TiB"
-            warn_volume_size = "1500GB"
+            max_volume_size = "1TiB"
+            warn_volume_size = "900GB"
             max_captures = 4
             max_queued = 0
             default_store = "slow"
@@ -288,8 +293,8 @@ mod tests {
         .unwrap();
         assert_eq!(config.encode_threads(NonZeroUsize::new(6).unwrap()).get(), 6);
         assert_eq!(config.read_depth.get(), 32);
-        assert_eq!(config.max_volume_size, ByteSize::gib(2048));
-        assert_eq!(config.warn_volume_size, ByteSize(1_500_000_000_000));
+        assert_eq!(config.max_volume_size, ByteSize::gib(1024));
+        assert_eq!(config.warn_volume_size, ByteSize(900_000_000_000));
         assert_eq!(config.default_store, "slow");
         assert_eq!(config.stores["slow"].min_free, ByteSize(0));
         assert_eq!(config.socket_group.as_deref(), Some("kvm"));
@@ -326,6 +331,7 @@ mod tests {
         let reports = [
             "max_volume_size = \"400 gigs\"",
             "max_volume_size = 400",
+            "max_captures = 1\nmax_volume_size = \"1025GiB\"",
             "socket = \"run/imaged.sock\"",
             "boot_volume_dirs = [\"/dev\", \"disks\"]",
             "encode_threads = \"some\"",
@@ -344,6 +350,7 @@ mod tests {
         insta::assert_snapshot!(reports.join("\n"), @r#"
         /etc/imaged/imaged.toml, line 1: max_volume_size: "gigs" is not one of the units B, KB, MB, GB, TB, PB, KiB, MiB, GiB, TiB, PiB
         /etc/imaged/imaged.toml, line 1: max_volume_size: invalid type: integer `400`, expected a size with its unit, such as "400GiB"
+        /etc/imaged/imaged.toml, line 2: max_volume_size: more than 1.00 TiB, the largest volume that can be imaged
         /etc/imaged/imaged.toml, line 1: socket: "run/imaged.sock" is not an absolute path
         /etc/imaged/imaged.toml, line 1: boot_volume_dirs: "disks" is not an absolute path
         /etc/imaged/imaged.toml, line 1: encode_threads: invalid value: string "some", expected a number of threads from 1 on, or "all"

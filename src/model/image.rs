@@ -11,6 +11,11 @@ use super::{ByteSize, CompartmentId, ImageId, InstanceId, Timestamp, instance::O
 /// content digest and of reordering.
 pub const EXTENT_SIZE: u64 = ByteSize::MIB;
 
+/// Largest volume that can be imaged. Its object has at most 131,200 parts of
+/// 8 MiB, tables included, which fill 15 of the 16 MiB that a manifest may
+/// have: what is larger would be refused when all of it has been read.
+pub const MAX_VOLUME_SIZE: ByteSize = ByteSize::gib(1024);
+
 /// An image at some moment of its life.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Image {

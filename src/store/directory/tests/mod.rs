@@ -18,8 +18,8 @@ use crate::{
     model::{
         Timestamp,
         image::{
-            Compression, Consistency, ContentDigest, Format, LaunchMode, ManifestSchema,
-            ObjectDigest, Origin, Stored, StoredPart,
+            Compression, Consistency, ContentDigest, Format, LaunchMode, MAX_VOLUME_SIZE,
+            ManifestSchema, ObjectDigest, Origin, Stored, StoredPart,
         },
         instance::OperatingSystem,
     },
@@ -276,6 +276,20 @@ async fn an_object_of_another_length_is_not_sealed() {
     object.set_len(50).unwrap();
     let error = upload.seal(&sealed).await.unwrap_err();
     insta::assert_snapshot!(bench.report(&error), @"INTERNAL: image ocid1.image.imaged..test1 is not whole: its parts have 100 bytes, its object 50, and its manifest says 100");
+}
+
+/// What the configuration allows must not be refused by the seal, hours
+/// later.
+#[test]
+fn the_manifest_of_the_largest_volume_can_be_read() {
+    // Tables add an eighth of a thousandth.
+    let object = MAX_VOLUME_SIZE.get() / 1000 * 1001;
+    let part = StoredPart { size: ByteSize::mib(8), sha256: ObjectDigest([0xff; 32]) };
+    let mut manifest = sealed(&id(1), &[]).manifest;
+    let count = usize::try_from(object.div_ceil(part.size.get())).unwrap();
+    manifest.stored.parts = vec![part; count];
+    let bytes = serde_json::to_vec_pretty(&manifest).unwrap().len() as u64;
+    assert!(bytes <= MAX_MANIFEST.get(), "{bytes} bytes");
 }
 
 #[tokio::test]
