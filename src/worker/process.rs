@@ -289,6 +289,36 @@ mod tests {
             report(Break::Silent, libc::SIGKILL, ""),
             report(Break::Nonsense("it sent a frame of no kind"), libc::SIGKILL, ""),
         ];
-        insta::assert_snapshot!(reports.join("\n\n"), @"");
+        insta::assert_snapshot!(reports.join("\n\n"), @"
+        the image cannot be decoded
+          0: its worker made a system call that it may not make, and was killed (SIGSYS)
+          help: take the image for hostile or damaged: make it again
+
+        the image cannot be decoded
+          0: its worker used up its 120 s of processor time
+          help: take the image for hostile or damaged: make it again
+
+        the image cannot be decoded
+          0: its worker used up its 256 MiB of address space
+          1: it said: memory allocation of 67108864 bytes failed
+          help: take the image for hostile or damaged: make it again
+
+        the image cannot be decoded
+          0: its worker was ended by SIGKILL
+          help: see what ended it: `journalctl -k`; then ask again
+
+        the image cannot be decoded
+          0: its worker gave up
+          1: it said: panicked at src/a.rs:1:1:; index out of bounds
+          help: take the image for hostile or damaged: make it again
+
+        the image cannot be decoded
+          0: its worker produced nothing for too long and was stopped
+          help: take the image for hostile or damaged: make it again
+
+        the image cannot be decoded
+          0: its worker was stopped: it sent a frame of no kind
+          help: take the image for hostile or damaged: make it again
+        ");
     }
 }

@@ -111,12 +111,7 @@ fn image(compression: Compression) -> Image {
     let (pieces_in, pieces) = sync_channel(4);
     let (parts_in, mut parts) = tokio::sync::mpsc::channel(1);
     let volume_size = ByteSize(volume.len() as u64);
-    let settings = Settings {
-        volume_size,
-        compression,
-        threads: NonZeroUsize::MIN,
-        spare: encode::SpareParts::default(),
-    };
+    let settings = Settings { volume_size, compression, threads: NonZeroUsize::MIN };
     let (meter, stop) = (Meter::default(), CancellationToken::new());
     thread::scope(|scope| {
         scope.spawn(move || {
@@ -251,7 +246,19 @@ fn what_cannot_be_decoded_is_a_fault() {
         broken(24, &[0, 0, 0, 0, 2, 0, 0, 0]),
         broken(frame, &[0; 4]),
     ];
-    insta::assert_snapshot!(reports.join("\n"), @"");
+    insta::assert_snapshot!(reports.join("\n"), @"
+    the image is not what was stored
+      0: the object cannot be decoded
+      1: not a qcow2 image
+    the image is not what was stored
+      0: the object cannot be decoded
+      1: the image names a backing file, which is never opened
+    the image is not what was stored
+      0: the virtual size in the manifest is not that of its parts
+    the image is not what was stored
+      0: the object cannot be decoded
+      1: the cluster at guest offset 0 is damaged: its zstd frame is broken
+    ");
 }
 
 #[test]
@@ -287,7 +294,11 @@ fn interrupted(workers: &Workers, what: impl Fn(Pid) + Send + Sync) -> String {
 fn a_worker_that_is_killed_is_told_of() {
     let _alone = alone();
     let said = interrupted(&workers(), |worker| kill(worker, Signal::SIGKILL).unwrap());
-    insta::assert_snapshot!(said, @"");
+    insta::assert_snapshot!(said, @"
+    the image cannot be decoded
+      0: its worker was ended by SIGKILL
+      help: see what ended it: `journalctl -k`; then ask again
+    ");
 }
 
 #[test]
@@ -297,7 +308,11 @@ fn a_worker_that_hangs_is_given_up() {
     let patient = workers().with_patience(Duration::from_millis(700));
     let said = interrupted(&patient, |worker| kill(worker, Signal::SIGSTOP).unwrap());
     assert!(start.elapsed() > Duration::from_millis(700));
-    insta::assert_snapshot!(said, @"");
+    insta::assert_snapshot!(said, @"
+    the image cannot be decoded
+      0: its worker produced nothing for too long and was stopped
+      help: take the image for hostile or damaged: make it again
+    ");
 }
 
 #[test]
@@ -399,7 +414,11 @@ fn a_worker_without_a_daemon_does_nothing() {
     let mut worker = std::process::Command::new(env!("CARGO_BIN_EXE_imaged"));
     let output = worker.arg("worker").stdin(std::process::Stdio::null()).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
-    insta::assert_snapshot!(String::from_utf8(output.stderr).unwrap(), @"");
+    insta::assert_snapshot!(String::from_utf8(output.stderr).unwrap(), @"
+    no job came over stdin
+      0: Socket operation on non-socket (os error 88)
+      help: workers are started by imaged itself
+    ");
 }
 
 /// A program that is no worker, but a script.
@@ -429,5 +448,22 @@ fn whatever_is_started_nothing_is_believed() {
         said(&script(dir.path(), "printf 'all is well' >&0; read line")),
         said(&script(dir.path(), "read line; read line")),
     ];
-    insta::assert_snapshot!(reports.join("\n\n"), @"");
+    insta::assert_snapshot!(reports.join("\n\n"), @"
+    this host cannot confine the process that reads foreign bytes
+      0: its worker gave up
+      help: see `imaged --check-confinement`; imaged never decodes an image unconfined
+
+    this host cannot confine the process that reads foreign bytes
+      0: its worker gave up
+      1: it said: all is well
+      help: see `imaged --check-confinement`; imaged never decodes an image unconfined
+
+    this host cannot confine the process that reads foreign bytes
+      0: its worker was stopped: it sent a frame of no kind
+      help: see `imaged --check-confinement`; imaged never decodes an image unconfined
+
+    this host cannot confine the process that reads foreign bytes
+      0: its worker produced nothing for too long and was stopped
+      help: see `imaged --check-confinement`; imaged never decodes an image unconfined
+    ");
 }
