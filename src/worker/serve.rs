@@ -144,3 +144,107 @@ impl Server<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{self, Write},
+        os::unix::net::UnixStream,
+        time::Duration,
+    };
+
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+
+    /// 1000 bytes, and how often they were read.
+    struct Counting(AtomicU64);
+
+    impl ReadAt for Counting {
+        fn len(&self) -> u64 {
+            1000
+        }
+
+        fn read_at(&self, _: &mut [u8], _: u64) -> io::Result<()> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    /// What becomes of a worker that says this, whatever it is told. The
+    /// volume is one extent of zeroes.
+    fn hears(said: &[FromWorker]) -> String {
+        let watch = Watch::new(CancellationToken::new(), Duration::from_millis(200));
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let mut bytes = Vec::new();
+        said.iter().for_each(|message| message.encode(&mut bytes));
+        far.write_all(&bytes).unwrap();
+        let (object, meter) = (Counting(AtomicU64::new(0)), Meter::default());
+        let server = Server {
+            object: &object,
+            volume_size: EXTENT_SIZE,
+            extent_digests: &content::zeroes_digest(1 << 20),
+            meter: &meter,
+            watch: &watch,
+            task: 1,
+            next: AtomicU64::new(0),
+            allowance: AtomicU64::new(2000),
+        };
+        let outcome = server.serve(&mut Line::new(near, &watch).unwrap());
+        let text = match outcome {
+            Ok(None) => format!("well, {} skipped", meter.skipped()),
+            Ok(Some(fault)) => fault.to_string(),
+            Err(Cut::Worker(why)) => format!("{why:?}"),
+            Err(Cut::Store(error)) => error.report(),
+        };
+        format!("{} reads: {text}", object.0.into_inner())
+    }
+
+    #[test]
+    fn nothing_that_a_worker_says_is_believed() {
+        use FromWorker::{Broken, Confined, Extent, Opened, Read};
+        let right = || Extent(Held::Zeroes, content::zeroes_digest(1 << 20));
+        let open = || Opened(EXTENT_SIZE);
+        let read = |offset, len| Read { offset, len };
+        let cases = [
+            vec![open(), read(0, 1000), right()],
+            vec![open(), Extent(Held::Zeroes, [0; 32])],
+            vec![right()],
+            vec![open(), open()],
+            vec![Opened(EXTENT_SIZE + 1)],
+            vec![Confined("again".into())],
+            vec![read(0, 1001)],
+            vec![read(u64::MAX, 2)],
+            vec![read(1000, 1)],
+            vec![read(0, 1000), read(0, 1000), read(0, 1)],
+            vec![Broken("told so".into())],
+            vec![open()],
+        ];
+        let heard: Vec<_> = cases.iter().map(|said| hears(said)).collect();
+        insta::assert_snapshot!(heard.join("\n"), @r#"
+        1 reads: well, 1048576 skipped
+        0 reads: what a guest reads at offset 0 has another BLAKE3
+        0 reads: Nonsense("it spoke out of turn")
+        0 reads: Nonsense("it spoke out of turn")
+        0 reads: the virtual size in the manifest is not that of its parts
+        0 reads: Nonsense("it spoke out of turn")
+        0 reads: Nonsense("it wants bytes beyond the object's end")
+        0 reads: Nonsense("it wants bytes beyond the object's end")
+        0 reads: Nonsense("it wants bytes beyond the object's end")
+        2 reads: Nonsense("it reads more than any image of this size needs")
+        0 reads: the object cannot be decoded
+        0 reads: Silent
+        "#);
+    }
+
+    #[test]
+    fn every_lane_gets_work() {
+        for lanes in [1, 2, 7, 64] {
+            for extents in [1, 2, 41, 4096] {
+                let task = task_length(extents * EXTENT_SIZE, lanes);
+                assert!((1..=TASK).contains(&task));
+                assert!(extents.div_ceil(task) >= extents.min(lanes as u64), "{lanes} {extents}");
+            }
+        }
+    }
+}
