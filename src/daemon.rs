@@ -30,7 +30,7 @@ use crate::{
     error::{Context, Error, Reason, Result},
     journal::Journal,
     model::{host::Feature, instance::Instance},
-    port::{Clock, Hypervisor, ObjectStore, Volumes},
+    port::{Clock, Hypervisor, Inspector, ObjectStore, Volumes},
     rpc::{self, HostFacts, StoreState},
     work::{Ports, Settings, Work},
 };
@@ -52,6 +52,8 @@ pub struct Parts {
     pub volumes: Arc<dyn Volumes>,
     /// Where images are kept; the configuration's default store among them.
     pub stores: Vec<Arc<dyn ObjectStore>>,
+    /// What looks into images.
+    pub inspector: Arc<dyn Inspector>,
     /// What the parts found on this host.
     pub features: Vec<Feature>,
 }
@@ -102,6 +104,7 @@ where
         hypervisor: parts.hypervisor,
         volumes: parts.volumes,
         stores: parts.stores,
+        inspector: parts.inspector,
         journal: Arc::new(journal),
     };
     let settings = Settings {

@@ -120,6 +120,10 @@ reasons! {
     ImageCorrupt = "IMAGE_CORRUPT": Store,
     /// A device or a store stopped answering.
     Stalled = "STALLED": Device,
+    /// An image cannot be decoded within the limits, or breaks what decodes it.
+    ImageUnreadable = "IMAGE_UNREADABLE": Store,
+    /// This host cannot confine what parses foreign bytes.
+    ConfinementUnavailable = "CONFINEMENT_UNAVAILABLE": Unsupported,
     /// The instance runs, which this version cannot image.
     InstanceRunning = "INSTANCE_RUNNING": Unsupported,
     /// Someone cancelled the work request.

@@ -5,8 +5,11 @@
 //!   ctl            convert   decide   read      qcow2      parts, manifest
 //! ```
 //!
+//! What is foreign, an image in a store, is decoded in `worker`: a process
+//! without rights.
+//!
 //! `model`, `format` and the policies of `work` are pure; `block`, `store`,
-//! `hypervisor` and `journal` touch the world behind the traits of `port`;
+//! `hypervisor`, `worker` and `journal` touch the world behind the traits of `port`;
 //! `daemon` wires them. Who may import whom is held by `tests/it/imports.rs`.
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
@@ -29,3 +32,4 @@ pub mod rpc;
 pub mod store;
 pub mod sys;
 pub mod work;
+pub mod worker;

@@ -7,9 +7,13 @@
 
 use std::{
     fmt,
+    num::NonZeroUsize,
     ops::Range,
     path::{Path, PathBuf},
-    sync::mpsc::SyncSender,
+    sync::{
+        atomic::{AtomicU64, Ordering},
+        mpsc::SyncSender,
+    },
 };
 
 pub use futures_util::future::BoxFuture;
@@ -20,7 +24,7 @@ use crate::{
     model::{
         ByteSize, ImageId, Timestamp,
         host::Space,
-        image::{Manifest, ObjectDigest, Record},
+        image::{Manifest, ObjectDigest, Record, Stored},
         instance::{Instance, PowerState},
         work_request::WorkRequest,
     },
@@ -244,6 +248,103 @@ pub trait ReadAt: Send + Sync {
 
 /// An object in a store.
 pub trait ObjectReader: ReadAt + fmt::Debug {}
+
+/// Looks into objects whose bytes may be hostile, where a break-in gains
+/// nothing: what parses them can do nothing but answer.
+pub trait Inspector: Send + Sync + fmt::Debug {
+    /// Recomputes the digests of `object` and compares them with what was
+    /// `stored` and with `extent_digests`, 32 bytes for each extent. `None`:
+    /// all is well.
+    ///
+    /// Blocks: call it on a thread of its own, whose priority it lowers to
+    /// `SCHED_IDLE`. Reads the object twice, once as bytes and once as an
+    /// image, on `threads` threads. `meter` counts both: at the end it stands
+    /// at the object's size and the volume's together. Ends within a second
+    /// of `stop`, once the store has answered.
+    ///
+    /// # Errors
+    ///
+    /// `STORE_UNAVAILABLE` when the object cannot be read,
+    /// `IMAGE_UNREADABLE` when decoding it exceeds a limit or breaks the one
+    /// that decodes, `CONFINEMENT_UNAVAILABLE` when this host cannot confine
+    /// it, `CANCELED` after `stop`.
+    fn verify(
+        &self,
+        object: &dyn ReadAt,
+        stored: &Stored,
+        extent_digests: &[u8],
+        threads: NonZeroUsize,
+        meter: &Meter,
+        stop: &CancellationToken,
+    ) -> Result<Option<Fault>>;
+}
+
+/// Where an image differs from what was stored: the first place found.
+#[derive(Debug, thiserror::Error)]
+pub enum Fault {
+    /// The object's length.
+    #[error("the object has {found} and was stored with {stored}")]
+    Size {
+        /// What is there.
+        found: ByteSize,
+        /// What should be.
+        stored: ByteSize,
+    },
+    /// Bytes of the object.
+    #[error("part {number}, at offset {offset} of the object, has another SHA-256")]
+    Part {
+        /// From 1.
+        number: usize,
+        /// Of its first byte.
+        offset: u64,
+    },
+    /// What the guest would see.
+    #[error("what a guest reads at offset {offset} has another BLAKE3")]
+    Extent {
+        /// Offset in the volume.
+        offset: u64,
+    },
+    /// The manifest's own sums.
+    #[error("the {0} in the manifest is not that of its parts")]
+    Sum(&'static str),
+    /// The object is no image any more.
+    #[error("the object cannot be decoded")]
+    Undecodable(#[source] Undecodable),
+}
+
+/// What is wrong with an image, in words that are fit to be shown.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Undecodable(pub String);
+
+/// What has passed so far, for progress.
+#[derive(Debug, Default)]
+pub struct Meter {
+    read: AtomicU64,
+    skipped: AtomicU64,
+}
+
+impl Meter {
+    /// Bytes that were read and worked on.
+    pub fn read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that were known to be zeroes.
+    pub fn skipped(&self) -> u64 {
+        self.skipped.load(Ordering::Relaxed)
+    }
+
+    /// `bytes` more were read.
+    pub fn add_read(&self, bytes: u64) {
+        self.read.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// `bytes` more are zeroes.
+    pub fn add_skipped(&self, bytes: u64) {
+        self.skipped.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
 
 /// What survives a restart.
 pub trait Journal: Send + Sync + fmt::Debug {

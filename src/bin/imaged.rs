@@ -3,11 +3,12 @@
 
 use std::{path::PathBuf, process::ExitCode};
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use imaged::{
     config::{self, Config},
     daemon,
     error::{Context, Error, Reason, Result},
+    worker::{self, Attempt, Workers},
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -29,10 +30,28 @@ struct Arguments {
     /// Check the configuration and the instances' files, and exit
     #[arg(long)]
     check_config: bool,
+    /// Let confined processes try what they must not be able to do, and exit
+    #[arg(long)]
+    check_confinement: bool,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Decodes images for the daemon that starts it
+    #[command(hide = true)]
+    Worker,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(Command::Worker) = arguments.command {
+        return worker::child::main();
+    }
+    if arguments.check_confinement {
+        return check_confinement();
+    }
     let outcome =
         config::load(arguments.config.as_deref()).and_then(|config| match arguments.check_config {
             true => daemon::check(&config),
@@ -45,6 +64,27 @@ fn main() -> ExitCode {
             ExitCode::from(exit_code(&error))
         }
     }
+}
+
+/// Prints what confined processes can do: nothing, if all is well.
+fn check_confinement() -> ExitCode {
+    let workers = Workers::of_this_program();
+    let mut holds = true;
+    for attempt in [&[Attempt::Nothing], Attempt::ALL].concat() {
+        match workers.attempt(attempt) {
+            Ok(tried) if attempt == Attempt::Nothing => println!("confined: {}", tried.how),
+            Ok(tried) => {
+                holds &= tried.is_refused();
+                let mark = if tried.is_refused() { "refused" } else { "POSSIBLE" };
+                println!("{attempt:24}{mark:10}{tried}");
+            }
+            Err(error) => {
+                eprintln!("imaged: {}", error.report());
+                return ExitCode::FAILURE;
+            }
+        }
+    }
+    if holds { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn exit_code(error: &Error) -> u8 {

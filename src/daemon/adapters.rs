@@ -11,6 +11,7 @@ use crate::{
     model::{host::Feature, instance::Instance},
     port::ObjectStore,
     store::LazyStore,
+    worker::{Attempt, Workers},
 };
 
 /// Names this host for ever, other than its name (machine-id(5)).
@@ -37,12 +38,15 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     for (name, StoreConfig { kind: StoreKind::Directory, path, min_free }) in config.stores {
         stores.push(Arc::new(LazyStore::directory(name, path, min_free, host_id.clone())));
     }
+    let workers = Workers::of_this_program();
+    let confinement = confinement(workers.clone()).await?;
     Ok(Parts {
         clock: Arc::new(SystemClock::new()?),
         hypervisor: Arc::new(QemuHost::new()),
         volumes: Arc::new(HostVolumes::new(allowed, reader)),
         stores,
-        features: vec![io_uring],
+        inspector: Arc::new(workers),
+        features: vec![io_uring, confinement],
     })
 }
 
@@ -59,6 +63,16 @@ fn engine() -> (block::Engine, Feature) {
             (block::Engine::Threads, feature(false, details))
         }
     }
+}
+
+/// Whether what is foreign can be decoded here: never without confinement.
+async fn confinement(workers: Workers) -> Result<Feature> {
+    let tried = super::blocking(move || Ok(workers.attempt(Attempt::Nothing))).await?;
+    let (available, details) = match tried {
+        Ok(tried) => (true, tried.how),
+        Err(error) => (false, super::in_one_line(&error)),
+    };
+    Ok(Feature { name: "confinement".into(), available, details })
 }
 
 /// What tells this host from others that share a store: a digest of the

@@ -24,11 +24,7 @@ mod window;
 
 use std::{
     num::NonZeroUsize,
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
-        mpsc::Receiver,
-    },
+    sync::{Mutex, MutexGuard, PoisonError, mpsc::Receiver},
     thread,
 };
 
@@ -52,6 +48,8 @@ use crate::{
     sys,
 };
 
+pub use crate::port::Meter;
+
 /// What to encode, and with how much of the machine.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -64,25 +62,6 @@ pub struct Settings {
     pub threads: NonZeroUsize,
     /// Memory that this image shares with those that are encoded at once.
     pub spare: SpareParts,
-}
-
-/// What has passed so far, for progress.
-#[derive(Debug, Default)]
-pub struct Meter {
-    read: AtomicU64,
-    skipped: AtomicU64,
-}
-
-impl Meter {
-    /// Bytes of the volume that were read and encoded.
-    pub fn read(&self) -> u64 {
-        self.read.load(Ordering::Relaxed)
-    }
-
-    /// Bytes of the volume that were known to be zeroes.
-    pub fn skipped(&self) -> u64 {
-        self.skipped.load(Ordering::Relaxed)
-    }
 }
 
 /// What is known of the image when all of it was encoded.
@@ -149,7 +128,7 @@ pub fn run(
 
 /// Does `work` on `threads` threads at `SCHED_IDLE`, the calling one among
 /// them, and returns what each says when all have ended.
-fn in_parallel<T: Send>(
+pub fn in_parallel<T: Send>(
     threads: NonZeroUsize,
     name: &str,
     work: impl Fn() -> Result<T> + Sync,
@@ -209,14 +188,14 @@ impl Line<'_> {
             let (first, encoded) = match piece {
                 Piece::Data(extent) => {
                     let bytes = (*extent.bytes).as_ref().len() as u64;
-                    self.meter.read.fetch_add(bytes, Ordering::Relaxed);
+                    self.meter.add_read(bytes);
                     let scratch = lock(&self.assembler).scratch();
                     (extent.index, extent::encode(extent, &mut encoder, scratch))
                 }
                 Piece::Zeroes { first, count } => {
                     let end = self.volume_size.min((first + count) * EXTENT_SIZE);
                     let bytes = end.saturating_sub(first * EXTENT_SIZE);
-                    self.meter.skipped.fetch_add(bytes, Ordering::Relaxed);
+                    self.meter.add_skipped(bytes);
                     (first, extent::Encoded::Zeroes { count })
                 }
             };

@@ -49,7 +49,7 @@ const fn code(reason: Reason) -> Code {
         Reason::TooManyRequests | Reason::StoreFull => Code::ResourceExhausted,
         // Another work request is in the way: the same call succeeds later.
         Reason::SourceLocked | Reason::ImageLocked => Code::Aborted,
-        Reason::ImageCorrupt => Code::DataLoss,
+        Reason::ImageCorrupt | Reason::ImageUnreadable => Code::DataLoss,
         other => match other.kind() {
             ErrorKind::InvalidRequest => Code::InvalidArgument,
             ErrorKind::NotFound => Code::NotFound,

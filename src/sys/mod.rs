@@ -3,6 +3,8 @@
 #![allow(unsafe_code)]
 
 pub mod aligned;
+pub mod arenas;
+pub mod descriptors;
 pub mod ioctl;
 pub mod peer;
 pub mod ring;

@@ -41,7 +41,7 @@ use crate::{
         instance::{Instance, OperatingSystem, PowerState},
         work_request::{Action, EntityType, Operation, Resource, Retry, WorkRequest},
     },
-    port::{Clock, HeldVolume, Hypervisor, Journal, ObjectStore, Volumes},
+    port::{Clock, HeldVolume, Hypervisor, Inspector, Journal, ObjectStore, Volumes},
 };
 
 /// Everything that the work needs from the world.
@@ -55,6 +55,8 @@ pub struct Ports {
     pub volumes: Arc<dyn Volumes>,
     /// Where images are kept.
     pub stores: Vec<Arc<dyn ObjectStore>>,
+    /// What looks into images.
+    pub inspector: Arc<dyn Inspector>,
     /// What survives a restart.
     pub journal: Arc<dyn Journal>,
 }

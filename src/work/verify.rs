@@ -8,15 +8,12 @@ use tokio_util::sync::CancellationToken;
 use super::{Work, tracker::Tracker, watchdog::Watchdog};
 use crate::{
     catalogue::Found,
-    encode::{
-        Meter,
-        verify::{Fault, recompute},
-    },
     error::{Error, Reason, Result},
     model::{
         image::ImageState,
         work_request::{Phase, Progress},
     },
+    port::{Fault, Meter},
 };
 
 /// How often progress is shown.
@@ -51,16 +48,18 @@ async fn recomputed(
     let object = found.store.open(&image.id).await?;
     let digests = found.store.extent_digests(&image.id).await?;
 
-    let total = stored.virtual_size.get();
+    // Each byte counts twice: as one of the object, and as the guest's.
+    let total = stored.object_size.get() + stored.virtual_size.get();
     let threads = work.0.settings.encode_threads;
     let meter = Arc::new(Meter::default());
     let (done, mut running) = oneshot::channel();
     let token = stop.child_token();
     let _ends_with_us = token.clone().drop_guard();
     let (stored, seen) = (stored.clone(), Arc::clone(&meter));
+    let inspector = Arc::clone(&work.0.ports.inspector);
     let body = move || {
         let _place = place;
-        let outcome = recompute(&*object, &stored, &digests, threads, &seen, &token);
+        let outcome = inspector.verify(&*object, &stored, &digests, threads, &seen, &token);
         // Nobody waits any more: the daemon is going down.
         let _ = done.send(outcome);
     };

@@ -21,6 +21,7 @@ done
 
 for target in $(cargo fuzz list --fuzz-dir tests/fuzz); do
     echo "fuzz: $target for $seconds s"
+    mkdir -p "target/fuzz/corpus/$target"
     cargo fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz/build "$target" \
         "target/fuzz/corpus/$target" -- \
         -max_total_time="$seconds" -rss_limit_mb=512 -timeout=10 -max_len=1048576 \

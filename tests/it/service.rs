@@ -24,6 +24,7 @@ use imaged::{
         work_request_service_client::WorkRequestServiceClient,
     },
     port::{BoxFuture, Delete, HeldVolume, ObjectReader, ObjectStore, Upload, Volumes},
+    worker::Workers,
 };
 
 use nix::unistd::{Group, getegid};
@@ -106,6 +107,7 @@ async fn empty(_: Config, _: Vec<Instance>) -> Result<Parts> {
             Arc::new(EmptyStore { name: "local", space: Some(space) }),
             Arc::new(EmptyStore { name: "far", space: None }),
         ],
+        inspector: Arc::new(Workers::of(env!("CARGO_BIN_EXE_imaged").into())),
         features: vec![Feature {
             name: "io_uring".into(),
             available: false,

@@ -1,6 +1,8 @@
 //! Reading a qcow2: for verification, for restore, and of images that others
 //! made. Everything in it is hostile until it was checked.
 
+use std::sync::Arc;
+
 use flate2::{Decompress, FlushDecompress, Status};
 use zstd::bulk::Decompressor as ZstdDecompressor;
 
@@ -28,35 +30,23 @@ pub enum ReadError {
     },
 }
 
-/// An open image. Reads ascend in the common case: one L2 table is kept.
-pub struct Image<'a> {
-    object: &'a dyn ReadAt,
+/// Where an image's tables are. Several threads that read one image share it.
+#[derive(Debug)]
+pub struct Map {
     header: Header,
     l1: Vec<u64>,
-    l2: Vec<u64>,
-    /// Which entry of L1 `l2` belongs to.
-    l2_index: Option<usize>,
-    decoder: Decoder,
-    /// Room for the compressed bytes of one cluster.
-    packed: Vec<u8>,
 }
 
-impl std::fmt::Debug for Image<'_> {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Image").field("header", &self.header).finish_non_exhaustive()
-    }
-}
-
-impl<'a> Image<'a> {
-    /// Opens the image in `object`.
+impl Map {
+    /// Reads the header and L1 of the image in `object`.
     ///
     /// Memory is bounded by 32 MiB for L1, as the header's checks demand, and
-    /// three clusters.
+    /// twice that while it is read.
     ///
     /// # Errors
     ///
     /// When it is none, or one that is not understood.
-    pub fn open(object: &'a dyn ReadAt) -> Result<Self, ReadError> {
+    pub fn read(object: &dyn ReadAt) -> Result<Self, ReadError> {
         let mut start = [0; HEADER_READ];
         let length = HEADER_READ.min(usize::try_from(object.len()).unwrap_or(HEADER_READ));
         read(object, &mut start[..length], 0)?;
@@ -68,16 +58,60 @@ impl<'a> Image<'a> {
             return Err(FormatError::Damaged("its L1 table lies beyond its end").into());
         }
         let l1 = read_table(object, header.l1_offset, header.l1_needed() as usize)?;
-        let decoder = Decoder::new(header.compression)
-            .map_err(|source| ReadError::Io { offset: 0, source })?;
-        let packed = Vec::new();
-        Ok(Self { object, header, l1, l2: Vec::new(), l2_index: None, decoder, packed })
+        Ok(Self { header, l1 })
     }
 
     /// What the header says.
     #[must_use]
     pub fn header(&self) -> &Header {
         &self.header
+    }
+}
+
+/// An open image. Reads ascend in the common case: one L2 table is kept.
+pub struct Image<'a> {
+    object: &'a dyn ReadAt,
+    map: Arc<Map>,
+    l2: Vec<u64>,
+    /// Which entry of L1 `l2` belongs to.
+    l2_index: Option<usize>,
+    decoder: Decoder,
+    /// Room for the compressed bytes of one cluster.
+    packed: Vec<u8>,
+}
+
+impl std::fmt::Debug for Image<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Image").field("header", &self.map.header).finish_non_exhaustive()
+    }
+}
+
+impl<'a> Image<'a> {
+    /// Opens the image in `object`, for one thread.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Map::read`].
+    pub fn open(object: &'a dyn ReadAt) -> Result<Self, ReadError> {
+        Self::with_map(object, Arc::new(Map::read(object)?))
+    }
+
+    /// Opens the image in `object`, whose `map` was read before. Beside the
+    /// map it takes three clusters.
+    ///
+    /// # Errors
+    ///
+    /// `Io` when zstd cannot get its memory.
+    pub fn with_map(object: &'a dyn ReadAt, map: Arc<Map>) -> Result<Self, ReadError> {
+        let decoder = Decoder::new(map.header.compression)
+            .map_err(|source| ReadError::Io { offset: 0, source })?;
+        Ok(Self { object, map, l2: Vec::new(), l2_index: None, decoder, packed: Vec::new() })
+    }
+
+    /// What the header says.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.map.header
     }
 
     /// Fills `buf` with what the guest sees from `offset` on. `offset` is a
@@ -87,7 +121,7 @@ impl<'a> Image<'a> {
     ///
     /// A damaged image or an object that cannot be read.
     pub fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<Content, ReadError> {
-        let cluster_size = 1 << self.header.cluster_bits;
+        let cluster_size = 1 << self.map.header.cluster_bits;
         let mut content = Content::Zeroes;
         for (index, part) in buf.chunks_mut(cluster_size).enumerate() {
             let guest = offset + (index * cluster_size) as u64;
@@ -115,11 +149,11 @@ impl<'a> Image<'a> {
 
     /// The L2 entry of the cluster at guest offset `guest`.
     fn entry(&mut self, guest: u64) -> Result<u64, ReadError> {
-        let entries = 1_usize << (self.header.cluster_bits - 3);
-        let cluster = usize::try_from(guest >> self.header.cluster_bits).unwrap_or(usize::MAX);
+        let entries = 1_usize << (self.map.header.cluster_bits - 3);
+        let cluster = usize::try_from(guest >> self.map.header.cluster_bits).unwrap_or(usize::MAX);
         let index = cluster / entries;
         if self.l2_index != Some(index) {
-            let l1_entry = self.l1.get(index).copied().unwrap_or(0);
+            let l1_entry = self.map.l1.get(index).copied().unwrap_or(0);
             let offset = l1_entry & OFFSET_MASK;
             self.l2_index = None;
             self.l2 =
@@ -130,7 +164,7 @@ impl<'a> Image<'a> {
     }
 
     fn read_compressed(&mut self, buf: &mut [u8], guest: u64, entry: u64) -> Result<(), ReadError> {
-        let offset_bits = 62 - (self.header.cluster_bits - 8);
+        let offset_bits = 62 - (self.map.header.cluster_bits - 8);
         let offset = entry & ((1 << offset_bits) - 1);
         let sectors = (entry >> offset_bits) + 1;
         // The last sector may end with the object.
@@ -142,7 +176,7 @@ impl<'a> Image<'a> {
         self.packed.resize((end - offset) as usize, 0);
         read(self.object, &mut self.packed, offset)?;
 
-        let cluster_size = 1_usize << self.header.cluster_bits;
+        let cluster_size = 1_usize << self.map.header.cluster_bits;
         let decoded = if buf.len() == cluster_size {
             self.decoder.decode(&self.packed, buf)
         } else {

@@ -1,0 +1,211 @@
+//! Where foreign bytes are parsed: a process that can do nothing else.
+//!
+//! What lies in a store, and in a guest's volume, may have been written by an
+//! attacker who knows of a defect in a decoder. So no decoder runs in the
+//! daemon, which is root. It runs in a worker: this program, executed again,
+//! without environment, paths or files.
+//!
+//! ```text
+//! daemon (root)                            worker (nobody, seccomp, landlock)
+//!   store ─► Server ──── lane: reads ────►  decoder, a thread a lane
+//!   expected digests ◄── lane: digests ──     │
+//!   compares, counts                          └ stderr: its last words
+//! ```
+//!
+//! The daemon serves what a worker reads, of one object and within its bounds,
+//! so every kind of store works alike. It believes nothing that comes back: a
+//! worker that was taken over can claim wrong digests of one image, and no
+//! more. `confine` says what is taken away and how, `limits` how much of the
+//! rest there is and why, `frame` what is said.
+//!
+//! A worker is killed when its work is cancelled, when it owes an answer for
+//! too long, when it says what no worker says, and with the daemon. It is
+//! reaped in every case.
+
+#![allow(clippy::cast_possible_truncation, reason = "usize has 64 bits: see lib.rs")]
+
+mod attempt;
+mod check;
+pub mod child;
+mod confine;
+pub mod frame;
+mod limits;
+mod line;
+mod process;
+mod serve;
+
+use std::{
+    num::NonZeroUsize,
+    path::PathBuf,
+    sync::{Mutex, PoisonError, atomic::AtomicU64},
+    time::Duration,
+};
+
+use tokio_util::sync::CancellationToken;
+
+pub use self::{attempt::Attempt, check::Tried};
+use self::{
+    frame::{Job, Work},
+    limits::{Limits, MAX_LANES, PATIENCE},
+    line::{Break, Line, Watch},
+    process::Process,
+    serve::{Cut, Server},
+};
+use crate::{
+    encode::{
+        in_parallel,
+        verify::{Parts, sums},
+    },
+    error::{Error, Result},
+    format::qcow2::content,
+    model::image::Stored,
+    port::{Fault, Inspector, Meter, ReadAt},
+};
+
+/// This program, also when its file was replaced or removed meanwhile.
+const THIS_PROGRAM: &str = "/proc/self/exe";
+
+/// Starts workers.
+#[derive(Debug, Clone)]
+pub struct Workers {
+    program: PathBuf,
+    patience: Duration,
+}
+
+impl Workers {
+    /// Workers of the running program, which must be imaged.
+    #[must_use]
+    pub fn of_this_program() -> Self {
+        Self::of(THIS_PROGRAM.into())
+    }
+
+    /// Workers of the imaged at `program`.
+    #[must_use]
+    pub fn of(program: PathBuf) -> Self {
+        Self { program, patience: PATIENCE }
+    }
+
+    /// Gives a worker that produces nothing up after `patience` instead of
+    /// five minutes.
+    #[must_use]
+    pub fn with_patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+}
+
+impl Inspector for Workers {
+    fn verify(
+        &self,
+        object: &dyn ReadAt,
+        stored: &Stored,
+        extent_digests: &[u8],
+        threads: NonZeroUsize,
+        meter: &Meter,
+        stop: &CancellationToken,
+    ) -> Result<Option<Fault>> {
+        if let Some(fault) = sums(object, stored, extent_digests) {
+            return Ok(Some(fault));
+        }
+        let volume = stored.virtual_size;
+        let extents = content::extent_count(volume.get()) as usize;
+        let lanes = threads.get().min(MAX_LANES).min(extents.max(1));
+        // Ends with `stop`, and when one thread has found something.
+        let watch = Watch::new(stop.child_token(), self.patience);
+        let job = Job {
+            limits: Limits::for_decoding(volume, lanes),
+            work: Work::Decode { object_size: object.len() },
+        };
+        let (process, _control, lines) = Process::start(&self.program, &job, lanes, &watch)?;
+        let verification = Verification {
+            parts: Parts::new(object, stored),
+            lines: Mutex::new(lines),
+            server: Server {
+                object,
+                volume_size: volume.get(),
+                extent_digests,
+                meter,
+                watch: &watch,
+                task: serve::task_length(volume.get(), lanes),
+                next: AtomicU64::new(0),
+                allowance: AtomicU64::new(limits::reads(object.len(), volume.get(), lanes)),
+            },
+        };
+        let outcomes = in_parallel(threads, "verify", || Ok(verification.work()));
+        verification.conclude(outcomes, process)
+    }
+}
+
+/// What the threads of one verification share: first the parts, as bytes,
+/// then the extents, each thread with a lane of the worker.
+struct Verification<'a> {
+    parts: Parts<'a>,
+    lines: Mutex<Vec<Line<'a>>>,
+    server: Server<'a>,
+}
+
+type Outcome = Result<Option<Fault>, Cut>;
+
+impl Verification<'_> {
+    fn work(&self) -> Outcome {
+        let outcome = self.parts().and_then(|fault| match fault {
+            Some(fault) => Ok(Some(fault)),
+            None => self.extents(),
+        });
+        if !matches!(outcome, Ok(None)) {
+            // The others need not go on.
+            self.server.watch.stop.cancel();
+        }
+        outcome
+    }
+
+    fn parts(&self) -> Outcome {
+        self.parts.hash(self.server.meter, &self.server.watch.stop).map_err(Cut::Store)
+    }
+
+    fn extents(&self) -> Outcome {
+        let line = self.lines.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        // More threads than lanes: there is nothing left for this one.
+        line.map_or(Ok(None), |mut line| self.server.serve(&mut line))
+    }
+
+    /// A fault is worth more than the error of another thread, and one of the
+    /// object's bytes more than what follows from it; being stopped follows
+    /// from any other.
+    fn conclude(self, outcomes: Vec<Result<Outcome>>, process: Process) -> Result<Option<Fault>> {
+        let (mut found, mut error, mut broken) = (None, None, None);
+        for outcome in outcomes {
+            match outcome {
+                Ok(Ok(None)) => {}
+                Ok(Ok(Some(fault))) => {
+                    if found.is_none() || matches!(fault, Fault::Part { .. }) {
+                        found = Some(fault);
+                    }
+                }
+                Ok(Err(Cut::Worker(why))) => {
+                    if matches!(broken, None | Some(Break::Stopped)) {
+                        broken = Some(why);
+                    }
+                }
+                Ok(Err(Cut::Store(failed))) | Err(failed) => {
+                    error = Some(graver(error, failed));
+                }
+            }
+        }
+        match (found, error, broken) {
+            (Some(fault), _, _) => Ok(Some(fault)),
+            (None, _, Some(why)) if why != Break::Stopped => Err(process.end(why).error()),
+            (None, Some(error), _) => Err(error),
+            (None, None, Some(why)) => Err(process.end(why).error()),
+            (None, None, None) => Ok(None),
+        }
+    }
+}
+
+/// The one that is not just a consequence of being stopped.
+fn graver(before: Option<Error>, now: Error) -> Error {
+    match before {
+        Some(before) if before.reason() != crate::error::Reason::Canceled => before,
+        _ => now,
+    }
+}

@@ -1,0 +1,250 @@
+//! Serving one lane: hands out tasks, reads the object for them, and compares
+//! what comes back.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::{
+    frame::{FromWorker, HEADER, Held, MAX_READ, Task, ToWorker},
+    line::{Break, Line, Watch},
+};
+use crate::{
+    encode::verify::unreadable,
+    error::Error,
+    format::qcow2::content,
+    model::image::EXTENT_SIZE,
+    port::{Fault, Meter, ReadAt, Undecodable},
+};
+
+/// Most extents of one task: neighbours lie near each other in the object,
+/// and the other threads are not left without work for long.
+const TASK: u64 = 16;
+
+/// An object whose extents are to be decoded, and what they should be.
+pub struct Server<'a> {
+    /// The bytes.
+    pub object: &'a dyn ReadAt,
+    /// Size of the volume in it.
+    pub volume_size: u64,
+    /// Digest of each extent, all of them.
+    pub extent_digests: &'a [u8],
+    /// Counts what was decoded.
+    pub meter: &'a Meter,
+    /// Whose waits the reads explain.
+    pub watch: &'a Watch,
+    /// Extents of one task.
+    pub task: u64,
+    /// The next extent that nobody has.
+    pub next: AtomicU64,
+    /// Bytes that may still be read: see [`super::limits::reads`].
+    pub allowance: AtomicU64,
+}
+
+/// Why a lane ended early.
+#[derive(Debug)]
+pub enum Cut {
+    /// Because of the worker.
+    Worker(Break),
+    /// Because of the store.
+    Store(Error),
+}
+
+impl From<Break> for Cut {
+    fn from(why: Break) -> Self {
+        Self::Worker(why)
+    }
+}
+
+/// Extents of one task, so that `lanes` all have some.
+pub fn task_length(volume_size: u64, lanes: usize) -> u64 {
+    (content::extent_count(volume_size) / (4 * lanes as u64)).clamp(1, TASK)
+}
+
+impl Server<'_> {
+    /// Serves a lane until no extent is left, or one differs.
+    ///
+    /// # Errors
+    ///
+    /// Any [`Cut`].
+    pub fn serve(&self, line: &mut Line<'_>) -> Result<Option<Fault>, Cut> {
+        let mut opened = false;
+        let mut buf = Vec::new();
+        while let Some(task) = self.next_task() {
+            line.say(&ToWorker::Task(task))?;
+            let mut index = task.first;
+            while index < task.first + task.count {
+                match line.receive()? {
+                    FromWorker::Read { offset, len } => {
+                        self.read(offset, len, &mut buf)?;
+                        line.send(&buf)?;
+                    }
+                    FromWorker::Opened(size) if !opened => {
+                        if size != self.volume_size {
+                            return Ok(Some(Fault::Sum("virtual size")));
+                        }
+                        opened = true;
+                    }
+                    FromWorker::Extent(held, digest) if opened => {
+                        line.satisfied();
+                        if !self.is_expected(index, &digest) {
+                            return Ok(Some(Fault::Extent { offset: index * EXTENT_SIZE }));
+                        }
+                        self.count(index, held);
+                        index += 1;
+                    }
+                    FromWorker::Broken(why) => {
+                        return Ok(Some(Fault::Undecodable(Undecodable(why))));
+                    }
+                    _ => return Err(Break::Nonsense("it spoke out of turn").into()),
+                }
+            }
+        }
+        line.finish();
+        Ok(None)
+    }
+
+    fn next_task(&self) -> Option<Task> {
+        let first = self.next.fetch_add(self.task, Ordering::Relaxed);
+        let left = content::extent_count(self.volume_size).checked_sub(first)?;
+        let count = left.min(self.task);
+        (count > 0).then_some(Task { first, count, volume_size: self.volume_size })
+    }
+
+    /// The answer to a read: its header and the bytes, in `buf`.
+    fn read(&self, offset: u64, len: usize, buf: &mut Vec<u8>) -> Result<(), Cut> {
+        let end = offset.checked_add(len as u64);
+        if len > MAX_READ || end.is_none_or(|end| end > self.object.len()) {
+            return Err(Break::Nonsense("it wants bytes beyond the object's end").into());
+        }
+        let spent = self.allowance.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+            left.checked_sub(len as u64)
+        });
+        if spent.is_err() {
+            return Err(Break::Nonsense("it reads more than any image of this size needs").into());
+        }
+        buf.clear();
+        ToWorker::Bytes(len).encode(buf);
+        buf.resize(HEADER + len, 0);
+        self.watch.reading.fetch_add(1, Ordering::Relaxed);
+        let outcome = self.object.read_at(&mut buf[HEADER..], offset);
+        self.watch.reading.fetch_sub(1, Ordering::Relaxed);
+        outcome.map_err(|cause| Cut::Store(unreadable(offset, cause)))
+    }
+
+    fn is_expected(&self, index: u64, digest: &[u8; content::DIGEST_SIZE]) -> bool {
+        let at = usize::try_from(index).ok().and_then(|index| index.checked_mul(digest.len()));
+        let expected = at.and_then(|at| self.extent_digests.get(at..at + digest.len()));
+        expected == Some(&digest[..])
+    }
+
+    fn count(&self, index: u64, held: Held) {
+        let len = content::extent_len(self.volume_size, index) as u64;
+        match held {
+            Held::Data => self.meter.add_read(len),
+            Held::Zeroes => self.meter.add_skipped(len),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{self, Write},
+        os::unix::net::UnixStream,
+        time::Duration,
+    };
+
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+
+    /// 1000 bytes, and how often they were read.
+    struct Counting(AtomicU64);
+
+    impl ReadAt for Counting {
+        fn len(&self) -> u64 {
+            1000
+        }
+
+        fn read_at(&self, _: &mut [u8], _: u64) -> io::Result<()> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+    }
+
+    /// What becomes of a worker that says this, whatever it is told. The
+    /// volume is one extent of zeroes.
+    fn hears(said: &[FromWorker]) -> String {
+        let watch = Watch::new(CancellationToken::new(), Duration::from_millis(200));
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let mut bytes = Vec::new();
+        said.iter().for_each(|message| message.encode(&mut bytes));
+        far.write_all(&bytes).unwrap();
+        let (object, meter) = (Counting(AtomicU64::new(0)), Meter::default());
+        let server = Server {
+            object: &object,
+            volume_size: EXTENT_SIZE,
+            extent_digests: &content::zeroes_digest(1 << 20),
+            meter: &meter,
+            watch: &watch,
+            task: 1,
+            next: AtomicU64::new(0),
+            allowance: AtomicU64::new(2000),
+        };
+        let outcome = server.serve(&mut Line::new(near, &watch).unwrap());
+        let text = match outcome {
+            Ok(None) => format!("well, {} skipped", meter.skipped()),
+            Ok(Some(fault)) => fault.to_string(),
+            Err(Cut::Worker(why)) => format!("{why:?}"),
+            Err(Cut::Store(error)) => error.report(),
+        };
+        format!("{} reads: {text}", object.0.into_inner())
+    }
+
+    #[test]
+    fn nothing_that_a_worker_says_is_believed() {
+        use FromWorker::{Broken, Confined, Extent, Opened, Read};
+        let right = || Extent(Held::Zeroes, content::zeroes_digest(1 << 20));
+        let open = || Opened(EXTENT_SIZE);
+        let read = |offset, len| Read { offset, len };
+        let cases = [
+            vec![open(), read(0, 1000), right()],
+            vec![open(), Extent(Held::Zeroes, [0; 32])],
+            vec![right()],
+            vec![open(), open()],
+            vec![Opened(EXTENT_SIZE + 1)],
+            vec![Confined("again".into())],
+            vec![read(0, 1001)],
+            vec![read(u64::MAX, 2)],
+            vec![read(1000, 1)],
+            vec![read(0, 1000), read(0, 1000), read(0, 1)],
+            vec![Broken("told so".into())],
+            vec![open()],
+        ];
+        let heard: Vec<_> = cases.iter().map(|said| hears(said)).collect();
+        insta::assert_snapshot!(heard.join("\n"), @r#"
+        1 reads: well, 1048576 skipped
+        0 reads: what a guest reads at offset 0 has another BLAKE3
+        0 reads: Nonsense("it spoke out of turn")
+        0 reads: Nonsense("it spoke out of turn")
+        0 reads: the virtual size in the manifest is not that of its parts
+        0 reads: Nonsense("it spoke out of turn")
+        0 reads: Nonsense("it wants bytes beyond the object's end")
+        0 reads: Nonsense("it wants bytes beyond the object's end")
+        0 reads: Nonsense("it wants bytes beyond the object's end")
+        2 reads: Nonsense("it reads more than any image of this size needs")
+        0 reads: the object cannot be decoded
+        0 reads: Silent
+        "#);
+    }
+
+    #[test]
+    fn every_lane_gets_work() {
+        for lanes in [1, 2, 7, 64] {
+            for extents in [1, 2, 41, 4096] {
+                let task = task_length(extents * EXTENT_SIZE, lanes);
+                assert!((1..=TASK).contains(&task));
+                assert!(extents.div_ceil(task) >= extents.min(lanes as u64), "{lanes} {extents}");
+            }
+        }
+    }
+}
