@@ -15,7 +15,7 @@ use std::{
 };
 
 use imaged::{
-    encode::{self, Settings},
+    encode::{self, Settings, SpareParts},
     error::{Error, Reason},
     model::{
         ByteSize,
@@ -111,7 +111,12 @@ fn image(compression: Compression) -> Image {
     let (pieces_in, pieces) = sync_channel(4);
     let (parts_in, mut parts) = tokio::sync::mpsc::channel(1);
     let volume_size = ByteSize(volume.len() as u64);
-    let settings = Settings { volume_size, compression, threads: NonZeroUsize::MIN };
+    let settings = Settings {
+        volume_size,
+        compression,
+        threads: NonZeroUsize::MIN,
+        spare: SpareParts::default(),
+    };
     let (meter, stop) = (Meter::default(), CancellationToken::new());
     thread::scope(|scope| {
         scope.spawn(move || {
