@@ -15,3 +15,4 @@ mod service;
 mod sources;
 mod stalls;
 mod stores;
+mod systemd;
