@@ -57,8 +57,8 @@ pub struct Config {
     #[serde(deserialize_with = "absolute")]
     pub instances_dir: PathBuf,
     /// Directories in which a volume must lie, at any depth, to be named
-    /// with `--boot-volume`. Symbolic links are followed first: a logical
-    /// volume lies in `/dev`. Default: none, because whoever may call could
+    /// with `--boot-volume`: the path itself, and where its symbolic links
+    /// lead: a logical volume lies in `/dev`. Default: none, because whoever may call could
     /// otherwise read every disk of the host. Boot volumes of instances need
     /// not lie in them.
     #[serde(deserialize_with = "absolute_paths")]

@@ -47,8 +47,16 @@ pub(super) fn hold(
     let (path, identity) = (named.path.clone(), named.identity);
     let unknown = || format!("cannot find out who uses {}", path.display());
     let subject = host.subject(identity).context(Reason::VolumeUnavailable, unknown)?;
-    let holder =
-        |openers| host.holder(&subject, openers).context(Reason::VolumeUnavailable, unknown);
+    let holder = |openers| {
+        host.holder(&subject, openers).context(Reason::VolumeUnavailable, unknown).map_err(
+            |error| {
+                error.advice(
+                    "give imaged CAP_SYS_PTRACE and the host's /proc, and look whether AppArmor or \
+                 SELinux forbids it",
+                )
+            },
+        )
+    };
     let mut tries = 0;
     let Opened { file, size, sector_size } = loop {
         if let Some(opened) = named.open()? {

@@ -11,7 +11,10 @@ use std::{
     process,
 };
 
-use nix::sys::stat::{major, makedev, minor};
+use nix::{
+    sys::stat::{major, makedev, minor},
+    unistd::geteuid,
+};
 
 use super::procfs::{self, Access};
 use crate::sys::stat::{Identity, identity};
@@ -123,11 +126,25 @@ impl Subject {
 pub(super) struct Host {
     proc: PathBuf,
     sys: PathBuf,
+    hidden: Hidden,
+}
+
+/// The first process: systemd, or what a container has in its place.
+const INIT: u32 = 1;
+
+/// What a program means that does not show its files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hidden {
+    /// Nothing can be said of any volume.
+    Refuses,
+    /// A word in the log.
+    Warns,
 }
 
 impl Default for Host {
     fn default() -> Self {
-        Self { proc: "/proc".into(), sys: "/sys".into() }
+        let hidden = if geteuid().is_root() { Hidden::Refuses } else { Hidden::Warns };
+        Self { proc: "/proc".into(), sys: "/sys".into(), hidden }
     }
 }
 
@@ -255,6 +272,14 @@ impl Host {
 
     /// A program that has the subject open. This one is the last to be
     /// asked, and only where the subject could not be opened anew.
+    ///
+    /// A program that does not show its files may be the one. imaged is root
+    /// and may look at all of them; where it may not (no CAP_SYS_PTRACE, a
+    /// security module) nobody can say that the volume is free. Without root
+    /// every other user's programs are hidden: such an imaged is for tests,
+    /// reaches no device, and only warns. The first process is no program of
+    /// anybody's and opens no volumes, also where it is walled off (seen: a
+    /// container whose Landlock rules hide its init and nothing else).
     fn opener(&self, subject: &Subject, openers: Openers) -> io::Result<Option<Holder>> {
         let mut hidden = 0_u32;
         let mut pids: Vec<u32> =
@@ -265,35 +290,70 @@ impl Host {
         }
         for pid in pids {
             let process = self.proc.join(pid.to_string());
-            // Processes and descriptors go while one looks.
-            let descriptors = names(&process.join("fd")).unwrap_or_else(|error| {
-                hidden += u32::from(error.kind() == io::ErrorKind::PermissionDenied);
-                Vec::new()
-            });
-            for descriptor in descriptors {
-                let path = process.join("fd").join(&descriptor);
-                if !identity(&path).is_ok_and(|found| subject.has(found)) {
-                    continue;
-                }
-                let info = fs::read(process.join("fdinfo").join(&descriptor)).unwrap_or_default();
-                let Some(access) = procfs::access(&info) else { continue };
-                if pid == process::id() {
-                    return Ok(Some(Holder::Ourselves));
-                }
-                if access == Access::Write || openers == Openers::Everyone {
+            // The kernel also says "denied" of a link whose process ends while
+            // it is followed: a second look finds that one gone.
+            let look = || opened_by(&process, subject, openers);
+            match look().or_else(|denied| if is_hidden(&denied) { look() } else { Err(denied) }) {
+                Ok(None) => {}
+                Ok(Some(_)) if pid == process::id() => return Ok(Some(Holder::Ourselves)),
+                Ok(Some(access)) => {
                     let name = read_line(&process.join("comm")).unwrap_or_else(|| "?".into());
                     return Ok(Some(Holder::Process { name, pid, access }));
                 }
+                Err(error) if is_hidden(&error) => hidden += u32::from(pid != INIT),
+                // Processes go while one looks.
+                Err(error) if is_gone(&error) => {}
+                Err(error) => return Err(error),
             }
         }
         if hidden > 0 {
-            tracing::warn!(
-                processes = hidden,
-                "cannot see which files some programs have open; imaged needs CAP_SYS_PTRACE"
-            );
+            let sentence = format!("{hidden} programs do not show which files they have open");
+            match self.hidden {
+                Hidden::Refuses => {
+                    return Err(io::Error::new(io::ErrorKind::PermissionDenied, sentence));
+                }
+                Hidden::Warns => tracing::warn!("{sentence}: imaged needs CAP_SYS_PTRACE"),
+            }
         }
         Ok(None)
     }
+}
+
+/// What the process at `process` may do to the subject, if it has it open in
+/// a way that counts.
+fn opened_by(process: &Path, subject: &Subject, openers: Openers) -> io::Result<Option<Access>> {
+    for descriptor in names(&process.join("fd"))? {
+        // Descriptors go while one looks. Names may be seen by whoever may
+        // read every file, what they lead to only by who may trace.
+        match identity(&process.join("fd").join(&descriptor)) {
+            Ok(found) if subject.has(found) => {}
+            Ok(_) => continue,
+            Err(error) if is_hidden(&error) => return Err(error),
+            // What is no volume, or is gone.
+            Err(_) => continue,
+        }
+        let info = match fs::read(process.join("fdinfo").join(&descriptor)) {
+            Err(error) if is_gone(&error) => continue,
+            read => read?,
+        };
+        match procfs::access(&info) {
+            Some(access) if access == Access::Write || openers == Openers::Everyone => {
+                return Ok(Some(access));
+            }
+            _ => {}
+        }
+    }
+    Ok(None)
+}
+
+/// Whether this process may not look.
+fn is_hidden(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::PermissionDenied
+}
+
+/// Whether a process or descriptor ended meanwhile.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// Names in a directory, sorted; none when it is not there.
@@ -351,7 +411,11 @@ mod tests {
     impl Kernel {
         fn new() -> Self {
             let root = tempfile::tempdir().unwrap();
-            let host = Host { proc: root.path().join("proc"), sys: root.path().join("sys") };
+            let host = Host {
+                proc: root.path().join("proc"),
+                sys: root.path().join("sys"),
+                hidden: Hidden::Refuses,
+            };
             let kernel = Self { root, host };
             kernel.write("proc/self/mountinfo", "");
             kernel.write("proc/swaps", "Filename\n");
@@ -476,5 +540,43 @@ mod tests {
             matches!(holder, Holder::Process { pid: found, access: Access::Write, .. } if found == pid)
         );
         assert!(holder.to_string().starts_with("open for writing by "));
+    }
+
+    /// Not a test of its own: what the test below runs without a capability.
+    #[test]
+    #[ignore = "run by the test below"]
+    fn root_looks_without_a_capability() {
+        if std::env::var_os("IMAGED_TEST_LOOK").is_none() {
+            return;
+        }
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let subject = Host::default().subject(identity(file.path()).unwrap()).unwrap();
+        let look = |hidden| {
+            let host = Host { hidden, ..Host::default() };
+            host.holder(&subject, Openers::Writers).map_err(|error| error.to_string())
+        };
+        println!("as root: {:?}, else: {:?}", look(Host::default().hidden), look(Hidden::Warns));
+    }
+
+    #[test]
+    #[ignore = "needs root, to look without a capability"]
+    fn root_programs_that_do_not_show_their_files_refuse_every_volume() {
+        let look = |capabilities: &str| {
+            let output = Command::new("setpriv")
+                .args(["--bounding-set", capabilities, "--"])
+                .arg(std::env::current_exe().unwrap())
+                .args(["--ignored", "--nocapture", "--exact"])
+                .arg("block::holder::tests::root_looks_without_a_capability")
+                .env("IMAGED_TEST_LOOK", "1")
+                .output()
+                .unwrap();
+            let text = String::from_utf8(output.stdout).unwrap();
+            text.lines().find(|line| line.starts_with("as root")).unwrap_or(&text).to_owned()
+        };
+        assert_eq!(look("+all"), "as root: Ok(None), else: Ok(None)");
+        let hidden = look("-sys_ptrace");
+        assert!(hidden.starts_with("as root: Err(\""), "{hidden}");
+        assert!(hidden.contains("programs do not show which files they have open"), "{hidden}");
+        assert!(hidden.ends_with("else: Ok(None)"), "{hidden}");
     }
 }

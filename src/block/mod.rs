@@ -67,7 +67,8 @@ pub struct HostVolumes {
 
 impl HostVolumes {
     /// Volumes within `allowed_dirs` (the configuration's
-    /// `boot_volume_dirs`), at any depth, symbolic links resolved.
+    /// `boot_volume_dirs`), at any depth: both the path that is asked for and
+    /// where it leads.
     #[must_use]
     pub fn new(allowed_dirs: Vec<PathBuf>, settings: ReaderSettings) -> Self {
         let openings = Arc::new(Semaphore::new(OPENINGS));

@@ -17,6 +17,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     fcntl::{OFlag, open},
     sys::stat::{FileStat, Mode, SFlag, fstat},
 };
@@ -52,39 +53,44 @@ enum Cache {
 }
 
 impl Named {
-    /// Looks `path` up and checks that it is a volume in one of `allowed`.
+    /// Looks `path` up and checks that it is a volume in one of `allowed`:
+    /// first its words, so that what is said of a path outside never depends
+    /// on what is there, and then where it really leads.
     pub(super) fn look_up(path: &Path, allowed: &[PathBuf]) -> Result<Self> {
-        if !path.is_absolute() {
+        let allowed_now: Vec<_> =
+            allowed.iter().filter_map(|directory| fs::canonicalize(directory).ok()).collect();
+        let is_below =
+            |path: &Path, directories: &[PathBuf]| directories.iter().any(|d| path.starts_with(d));
+        let climbs = path.components().any(|part| part == Component::ParentDir);
+        let inside = is_below(path, allowed) || is_below(path, &allowed_now);
+        // An instance's own volume may be written in any way.
+        if (climbs || !inside) && !allowed.iter().any(|volume| volume == path) {
             return Err(not_allowed(path, allowed));
         }
         let found = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
-        let found = match found.map_err(io::Error::from) {
+        let found = match found {
             Ok(found) => found,
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-                ) =>
-            {
-                let sentence = format!("there is no volume {}", path.display());
-                // Whether a path outside exists is nobody's business.
-                let inside = allowed.iter().any(|directory| path.starts_with(directory))
-                    && !path.components().any(|part| part == Component::ParentDir);
-                return Err(if inside {
-                    Error::new(Reason::VolumeNotFound, sentence)
-                        .advice("look for a typing error; a logical volume must be active")
-                        .field("boot_volume")
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {
+                let ends: Vec<_> = allowed.iter().chain(&allowed_now).collect();
+                return Err(if passes_a_link(path, &ends) {
+                    leads_out(path)
                 } else {
-                    not_allowed(path, allowed)
+                    Error::new(
+                        Reason::VolumeNotFound,
+                        format!("there is no volume {}", path.display()),
+                    )
+                    .advice("look for a typing error; a logical volume must be active")
+                    .field("boot_volume")
                 });
             }
-            Err(error) => return Err(unavailable(path, "find").because(error)),
+            Err(error) => {
+                return Err(unavailable(path, "find").because(io::Error::from(error)));
+            }
         };
         let real = fs::read_link(descriptor(&found))
             .map_err(|error| unavailable(path, "find").because(error))?;
-        let allowed_now = allowed.iter().filter_map(|directory| fs::canonicalize(directory).ok());
-        if !allowed_now.into_iter().any(|directory| real.starts_with(directory)) {
-            return Err(not_allowed(&real, allowed));
+        if !is_below(&real, &allowed_now) {
+            return Err(leads_out(path));
         }
         let stat = fstat(&found).map_err(|error| unavailable(&real, "find").because(error))?;
         let identity = match kind(&stat) {
@@ -180,6 +186,13 @@ pub(super) fn open_same_file(path: &Path, identity: Identity) -> io::Result<Opti
     File::open(descriptor(&found)).map(Some)
 }
 
+/// Whether a symbolic link is on the way to `path` below one of `directories`.
+fn passes_a_link(path: &Path, directories: &[&PathBuf]) -> bool {
+    path.ancestors()
+        .take_while(|ancestor| directories.iter().all(|directory| !directory.starts_with(ancestor)))
+        .any(|ancestor| fs::symlink_metadata(ancestor).is_ok_and(|found| found.is_symlink()))
+}
+
 /// A path that leads to what `found` is, without a look-up.
 fn descriptor(found: &OwnedFd) -> PathBuf {
     format!("/proc/self/fd/{}", found.as_raw_fd()).into()
@@ -212,6 +225,15 @@ fn not_allowed(path: &Path, allowed: &[PathBuf]) -> Error {
     Error::new(Reason::VolumeNotAllowed, sentence)
         .field("boot_volume")
         .advice("add its directory to boot_volume_dirs in the configuration of imaged")
+}
+
+/// One sentence for both, so that a link tells nothing of what is outside.
+fn leads_out(path: &Path) -> Error {
+    let sentence =
+        format!("{} leads out of the directories of volumes, or to nothing", path.display());
+    Error::new(Reason::VolumeNotAllowed, sentence).field("boot_volume").advice(
+        "a logical volume must be active; where a link leads must be in boot_volume_dirs too",
+    )
 }
 
 fn unavailable(path: &Path, verb: &str) -> Error {

@@ -316,16 +316,38 @@ fn only_what_really_lies_in_an_allowed_directory_is_opened() {
     std::os::unix::fs::symlink(&secret, at("way-out")).unwrap();
     std::os::unix::fs::symlink(&inside, outside.path().join("way-in")).unwrap();
 
-    let error = hold(dir.path(), &at("way-out")).unwrap_err();
-    assert_eq!(error.reason(), Reason::VolumeNotAllowed);
-    assert!(error.to_string().contains("/secret is in none of the directories"), "{error}");
-    let error = hold(dir.path(), &secret).unwrap_err();
-    let sentence = shown(&error, dir.path())
-        .replace(fs::canonicalize(outside.path()).unwrap().to_str().unwrap(), "/outside");
-    insta::assert_snapshot!(sentence, @"
+    let refused = |path: &Path| {
+        let error = hold(dir.path(), path).unwrap_err();
+        shown(&error, dir.path())
+            .replace(fs::canonicalize(outside.path()).unwrap().to_str().unwrap(), "/outside")
+    };
+    insta::assert_snapshot!(refused(&secret), @"
     VOLUME_NOT_ALLOWED: /outside/secret is in none of the directories of volumes: /volumes
       help: add its directory to boot_volume_dirs in the configuration of imaged
     ");
+    insta::assert_snapshot!(refused(&at("way-out")), @"
+    VOLUME_NOT_ALLOWED: /volumes/way-out leads out of the directories of volumes, or to nothing
+      help: a logical volume must be active; where a link leads must be in boot_volume_dirs too
+    ");
+    // What is said does not depend on what is there.
+    let (with, below) = (refused(&secret), refused(&at("way-out")));
+    let climbing = at("../volume");
+    let climbs = refused(&climbing);
+    let way_in = fs::canonicalize(outside.path()).unwrap().join("way-in");
+    let leads_in = refused(&way_in);
+    fs::write(climbing, "x").unwrap();
+    assert_eq!(refused(&at("../volume")), climbs);
+    fs::remove_file(at("../volume")).unwrap();
+    fs::remove_file(&secret).unwrap();
+    assert_eq!(refused(&secret), with);
+    assert_eq!(refused(&at("way-out")), below);
+    fs::create_dir(&secret).unwrap();
+    std::os::unix::fs::symlink(outside.path(), at("directory")).unwrap();
+    for below in ["directory/secret", "directory/missing", "way-out/missing"] {
+        assert!(refused(&at(below)).contains("leads out of the directories"), "{below}");
+    }
+    fs::remove_file(&way_in).unwrap();
+    assert_eq!(refused(&way_in), leads_in);
     for path in ["/nonexistent/volume", "volume", ""] {
         let error = hold(dir.path(), Path::new(path)).unwrap_err();
         assert_eq!(error.reason(), Reason::VolumeNotAllowed, "{path}");
@@ -338,10 +360,18 @@ fn only_what_really_lies_in_an_allowed_directory_is_opened() {
     fs::remove_dir_all(&neighbour).unwrap();
     assert_eq!(reason, Reason::VolumeNotAllowed);
 
-    let volume = hold(dir.path(), &outside.path().join("way-in")).unwrap();
-    assert_eq!(volume.facts().path, inside);
-    let error = hold(dir.path(), &at("../nothing")).unwrap_err();
-    assert_eq!(error.reason(), Reason::VolumeNotAllowed);
+    // An allowed directory may itself be a link, and a volume of its own.
+    let spelled = outside.path().join("disks");
+    std::os::unix::fs::symlink(at("."), &spelled).unwrap();
+    assert_eq!(hold(&spelled, &spelled.join("volume")).unwrap().facts().path, inside);
+    let missing = hold(&spelled, &spelled.join("missing")).unwrap_err();
+    assert_eq!(missing.reason(), Reason::VolumeNotFound);
+    let dangling = outside.path().join("dangling");
+    std::os::unix::fs::symlink("nowhere", &dangling).unwrap();
+    assert_eq!(hold(&dangling, &dangling).unwrap_err().reason(), Reason::VolumeNotFound);
+
+    std::os::unix::fs::symlink("volume", at("link")).unwrap();
+    assert_eq!(hold(dir.path(), &at("link")).unwrap().facts().path, inside);
 }
 
 /// A program with `path` open for writing.

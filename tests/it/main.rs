@@ -15,4 +15,5 @@ mod service;
 mod sources;
 mod stalls;
 mod stores;
+mod systemd;
 mod worker;

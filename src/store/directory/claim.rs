@@ -92,6 +92,16 @@ impl Claim {
         Ok(Claimed::Taken(claim))
     }
 
+    /// Takes the claim that is in `dir`, if there is one, unless someone holds
+    /// it. Nothing is written.
+    pub fn take_over(dir: &Dir) -> io::Result<Option<Claimed>> {
+        let file = match dir.open(CLAIM, OFlag::O_RDWR) {
+            Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
+        Ok(Some(lock(&file)?.map_or(Claimed::Held, Claimed::Taken)))
+    }
+
     /// Looks at the claim in `dir` and takes it if it is of `owner`'s host
     /// and dead.
     pub fn inherit(dir: &Dir, owner: &Owner) -> io::Result<Found> {

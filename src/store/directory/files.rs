@@ -119,8 +119,13 @@ impl Dir {
 
     /// The second half. After an error it may be there or not.
     pub fn reveal(&self, name: &str) -> io::Result<()> {
-        let temporary = format!("{name}{TEMPORARY}");
-        renameat(&self.handle, temporary.as_str(), &self.handle, name)?;
+        self.rename(&format!("{name}{TEMPORARY}"), name)
+    }
+
+    /// Gives the file `from` another name, durably. It takes no new blocks:
+    /// it works on a full filesystem.
+    pub fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        renameat(&self.handle, from, &self.handle, to)?;
         self.sync()
     }
 

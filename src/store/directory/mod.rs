@@ -7,7 +7,8 @@
 //!     extents.blake3           32 bytes for each extent
 //!     record.json              what may change
 //!     manifest.json            appears last: the image exists
-//!     upload.json              only while someone uploads or deletes
+//!     upload.json              only while someone uploads
+//!     deleted.json             the manifest while someone deletes the image
 //! ```
 //!
 //! Written down for others in `docs/store-format.md`.

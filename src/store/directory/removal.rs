@@ -3,6 +3,10 @@
 //! One rule: a directory with a manifest is an image, whatever else is in
 //! it; one without belongs to its claim, and without a claim to nobody here.
 //! Only files that a store makes are removed, by name.
+//!
+//! A deletion begins with a rename of the manifest: the image is gone from
+//! sight, what is left says so to every sweep, and nothing is written, for a
+//! full store is when images must be deleted.
 
 use std::{
     io,
@@ -27,8 +31,12 @@ use crate::{
 /// beyond any difference of two hosts' clocks.
 const ABANDONED: Duration = Duration::from_secs(24 * 3600);
 
-/// Removes everything of the image in `dir`, the manifest first and the
-/// claim last, each durably. What is not there is no error.
+/// Name of the manifest of an image that is being deleted.
+pub const TOMBSTONE: &str = "deleted.json";
+
+/// Removes everything of the image in `dir`, the manifest first and what
+/// says that the rest may be removed last, each durably. What is not there is
+/// no error, so that any number may do this at once.
 pub fn clear(images: &Dir, dir: &Dir, name: &str) -> Result<()> {
     let path = dir.path().display();
     let remove = |file: &str| dir.remove(file).during(|| format!("cannot remove {path}/{file}"));
@@ -43,7 +51,9 @@ pub fn clear(images: &Dir, dir: &Dir, name: &str) -> Result<()> {
         let _ = remove(&format!("{file}{TEMPORARY}"))?;
     }
     sync(dir)?;
-    let _ = remove(CLAIM)?;
+    for file in [CLAIM, TOMBSTONE] {
+        let _ = remove(file)?;
+    }
     match images.remove_dir(name) {
         Err(cause) if cause.raw_os_error() == Some(Errno::ENOTEMPTY as i32) => {
             // NFS keeps a file that someone has open under another name.
@@ -63,20 +73,31 @@ pub fn delete(store: &Store, id: &ImageId) -> Result<Delete> {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Delete::AlreadyDeleted),
         opened => opened.during(context)?,
     };
-    // An upload under way has a claim and no manifest: it is not touched.
-    if !dir.has(MANIFEST).during(context)? {
-        return Ok(Delete::AlreadyDeleted);
-    }
-    // From here on a sweep of this host can finish the work.
-    let Claimed::Taken(_claim) = Claim::take(&dir, &store.owner).during(context)? else {
+    // An upload under way has no manifest: it is not touched. One that has
+    // just sealed still holds its claim.
+    let claimed = match dir.has(MANIFEST).during(context)? {
+        true => Claim::take_over(&dir).during(context)?,
+        false => return Ok(Delete::AlreadyDeleted),
+    };
+    if let Some(Claimed::Held) = claimed {
         return Err(Error::new(
             Reason::ImageLocked,
-            format!("image {id} is being sealed or deleted by another process"),
+            format!("image {id} is being sealed by another process"),
         )
         .advice("ask again in a moment"));
-    };
-    if !dir.has(MANIFEST).during(context)? {
-        return Ok(Delete::AlreadyDeleted);
+    }
+    match dir.rename(MANIFEST, TOMBSTONE) {
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Delete::AlreadyDeleted),
+        // A btrfs that is really full has room for removals alone (seen on
+        // Linux 6.18). What a crash left from here on would be nobody's, so
+        // it is claimed if the removal made room.
+        Err(cause) if cause.raw_os_error() == Some(Errno::ENOSPC as i32) => {
+            let _ = dir.remove(MANIFEST).during(context)?;
+            dir.sync().during(context)?;
+            let claimed = Claim::take(&dir, &store.owner);
+            tracing::debug!(%id, ?claimed, "the store is too full for a rename");
+        }
+        renamed => renamed.during(context)?,
     }
     clear(&images, &dir, id.as_str())?;
     Ok(Delete::Deleted)
@@ -109,6 +130,12 @@ enum Swept {
 fn sweep_one(store: &Store, images: &Dir, dir: &Dir, name: &str) -> Result<Swept> {
     let path = dir.path().display();
     let context = || format!("cannot look into {path}");
+    // Whoever deletes it, on whatever host, does no more than this.
+    if dir.has(TOMBSTONE).during(context)? && !dir.has(MANIFEST).during(context)? {
+        clear(images, dir, name)?;
+        tracing::info!(name, "finished a deletion");
+        return Ok(Swept::Leftover);
+    }
     // First the claim: its holder may seal until it is ours.
     let found = Claim::inherit(dir, &store.owner).during(context)?;
     let whole = dir.has(MANIFEST).during(context)?;

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use super::*;
+use crate::store::directory::removal::TOMBSTONE;
 
 fn make_old(dir: &Path) {
     let old = SystemTime::now() - Duration::from_secs(25 * 3600);
@@ -42,7 +43,8 @@ async fn no_crash_shows_half_an_image() {
     let lay = |id: &ImageId, names: &[String]| {
         fs::create_dir(bench.dir(id)).unwrap();
         for name in names {
-            let from = whole.join(name.trim_end_matches(".tmp"));
+            let from = if name == TOMBSTONE { MANIFEST } else { name.trim_end_matches(".tmp") };
+            let from = whole.join(from);
             let bytes = if name == CLAIM { claim.clone() } else { fs::read(from).unwrap() };
             fs::write(bench.dir(id).join(name), bytes).unwrap();
         }
@@ -56,10 +58,11 @@ async fn no_crash_shows_half_an_image() {
         owned(&[CLAIM, OBJECT, EXTENTS, RECORD, &tmp(MANIFEST)]),
     ];
     let deletions = [
-        owned(&[CLAIM, OBJECT, EXTENTS, RECORD]),
-        owned(&[CLAIM, EXTENTS, RECORD]),
-        owned(&[CLAIM, RECORD]),
-        owned(&[CLAIM]),
+        owned(&[TOMBSTONE, OBJECT, EXTENTS, RECORD]),
+        owned(&[TOMBSTONE, EXTENTS, RECORD]),
+        owned(&[TOMBSTONE, RECORD]),
+        owned(&[TOMBSTONE]),
+        owned(&[TOMBSTONE, CLAIM, OBJECT]),
     ];
     for names in uploads.iter().chain(&deletions) {
         lay(&id(2), names);
@@ -70,9 +73,16 @@ async fn no_crash_shows_half_an_image() {
     }
     // With its manifest it is an image, and only the claim goes.
     fs::write(whole.join(CLAIM), &claim).unwrap();
+    lay(&id(2), &owned(&[TOMBSTONE, OBJECT, EXTENTS, RECORD]));
+    fs::copy(whole.join(MANIFEST), bench.dir(&id(2)).join(MANIFEST)).unwrap();
+    let restored = fs::read_to_string(bench.dir(&id(2)).join(MANIFEST)).unwrap();
+    let restored = restored.replace(id(1).as_str(), id(2).as_str());
+    fs::write(bench.dir(&id(2)).join(MANIFEST), restored).unwrap();
     assert_eq!(store.sweep().await.unwrap(), 0);
     assert_eq!(files(&whole), [EXTENTS, OBJECT, MANIFEST, RECORD]);
-    assert_eq!(listed(&store).await, [id(1).as_str()]);
+    assert_eq!(listed(&store).await, [id(1).as_str(), id(2).as_str()]);
+    assert_eq!(store.delete(&id(2)).await.unwrap(), Delete::Deleted);
+    assert_eq!(files(&bench.path().join("images")), [id(1).as_str()]);
     // Before its claim is durable an upload has no object: removed when old.
     for names in [owned(&[]), owned(&[CLAIM])] {
         lay(&id(2), &names);

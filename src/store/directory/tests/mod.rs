@@ -347,7 +347,7 @@ async fn deleting_is_repeatable_and_spares_uploads() {
     claim.lock().unwrap();
     let locked = store.delete(&id(2)).await.unwrap_err();
     insta::assert_snapshot!(bench.report(&locked), @"
-    IMAGE_LOCKED: image ocid1.image.imaged..test2 is being sealed or deleted by another process
+    IMAGE_LOCKED: image ocid1.image.imaged..test2 is being sealed by another process
       help: ask again in a moment
     ");
     assert_eq!(listed(&store).await, [id(2).as_str()]);

@@ -18,10 +18,15 @@ impl<'a> Mounted<'a> {
     }
 
     fn ext4(bench: &'a Bench) -> Self {
-        let image = bench.temp.path().join("ext4");
-        fs::File::create(&image).unwrap().set_len(64 << 20).unwrap();
-        run(Command::new("mkfs.ext4").args(["-q", "-m", "0"]).arg(&image));
-        Self::new(bench, &["-o", "loop,errors=remount-ro", image.to_str().unwrap()])
+        Self::made(bench, &["mkfs.ext4", "-q", "-m", "0"], 64, "loop,errors=remount-ro")
+    }
+
+    /// Made by the program and arguments of `mkfs`, of so many MiB.
+    fn made(bench: &'a Bench, mkfs: &[&str], mib: u64, options: &str) -> Self {
+        let image = bench.temp.path().join("filesystem");
+        fs::File::create(&image).unwrap().set_len(mib << 20).unwrap();
+        run(Command::new(mkfs[0]).args(&mkfs[1..]).arg(&image));
+        Self::new(bench, &["-o", options, image.to_str().unwrap()])
     }
 }
 
@@ -151,4 +156,46 @@ async fn root_a_store_that_is_unmounted_is_not_written_to() {
     assert_eq!(store.begin(&id(2)).await.unwrap_err().reason(), Reason::StoreUnavailable);
     upload.abort().await.unwrap();
     assert!(files(&bench.path()).is_empty());
+}
+
+/// Fills a filesystem to its last block and its last inode: with writes that
+/// get smaller, and with empty files.
+fn fill_up(path: &Path) {
+    use std::io::Write;
+    let mut large = fs::File::create(path.join("large")).unwrap();
+    for size in [1 << 20, 4096, 512, 1] {
+        while large.write_all(&vec![1; size]).and_then(|()| large.sync_all()).is_ok() {}
+    }
+    for number in 0.. {
+        let Ok(mut small) = fs::File::create(path.join(format!("small-{number}"))) else { break };
+        if number < 100 {
+            let _ = small.write_all(b"x").and_then(|()| small.sync_all());
+        }
+    }
+    let refused = fs::write(path.join("one-more"), "x").unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::ENOSPC));
+}
+
+#[tokio::test]
+#[ignore = "needs root and loop devices"]
+async fn root_images_are_deleted_from_a_store_that_is_full() {
+    for (mkfs, mib) in [
+        (&["mkfs.ext4", "-q", "-m", "0"][..], 64),
+        (&["mkfs.xfs", "-q"], 320),
+        (&["mkfs.btrfs", "-q", "--mixed"], 200),
+    ] {
+        let bench = Bench::new();
+        let _mounted = Mounted::made(&bench, mkfs, mib, "loop");
+        let store = DirectoryStore::open("local", &bench.path(), ByteSize(0), HOST).await.unwrap();
+        for number in 1..=3 {
+            make(&store, &id(number)).await;
+        }
+        fill_up(&bench.path());
+        for number in 1..=3 {
+            let deleted = store.delete(&id(number)).await;
+            assert_eq!(deleted.unwrap(), Delete::Deleted, "{mkfs:?}, image {number}");
+        }
+        assert!(files(&bench.path().join("images")).is_empty());
+        assert!(store.space().await.unwrap().unwrap().free > ByteSize(0));
+    }
 }
