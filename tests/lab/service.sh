@@ -17,7 +17,7 @@ code() {
 show() { systemctl show --property="$1" --value imaged; }
 
 groupadd --system imaged
-useradd --create-home --groups imaged operator
+useradd --create-home --groups imaged alice
 useradd --create-home vm
 mkdir /etc/imaged
 cat >/etc/imaged/imaged.toml <<'TOML'
@@ -43,7 +43,7 @@ for volume in /home/vm/disk.raw /tmp/disk.raw; do
   chmod 600 "$volume"
 done
 chmod 700 /home/vm
-code create_home runuser -u operator -- imagectl image create --boot-volume /home/vm/disk.raw \
+code create_home runuser -u alice -- imagectl image create --boot-volume /home/vm/disk.raw \
   --wait-for-state AVAILABLE
 code create_tmp imagectl image create --boot-volume /tmp/disk.raw --wait-for-state AVAILABLE
 code create_device imagectl image create --boot-volume "$(cat /lab/loop)" \
@@ -81,7 +81,7 @@ fact stopped "$(show Result) $(show ExecMainStatus)"
 echo 'nonsense = 1' >>/etc/imaged/imaged.toml
 code start_wrong systemctl start imaged
 fact wrong "$(show SubState) $(show ExecMainStatus)"
-fact wrong_said "$(journalctl -u imaged -o cat --no-pager | grep -c 'line 6: nonsense')"
+fact wrong_said "$(journalctl -u imaged -o cat --no-pager | grep nonsense)"
 sed -i /nonsense/d /etc/imaged/imaged.toml
 mkdir /run/systemd/system/imaged.service.d
 printf '[Service]\nExecStart=\nExecStart=/usr/bin/imaged --nonsense\n' \
