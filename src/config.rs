@@ -58,9 +58,9 @@ pub struct Config {
     pub instances_dir: PathBuf,
     /// Directories in which a volume must lie, at any depth, to be named
     /// with `--boot-volume`: the path itself, and where its symbolic links
-    /// lead: a logical volume lies in `/dev`. Default: none, because whoever may call could
-    /// otherwise read every disk of the host. Boot volumes of instances need
-    /// not lie in them.
+    /// lead (a logical volume lies in `/dev`). Default: none, because whoever
+    /// may call could otherwise read every disk of the host. Boot volumes of
+    /// instances need not lie in them.
     #[serde(deserialize_with = "absolute_paths")]
     pub boot_volume_dirs: Vec<PathBuf>,
     /// Compartment of instances and images that name none. Default:

@@ -5,8 +5,9 @@
 //! value  {"version": 1, "workRequest": {…}}
 //! ```
 //! One thread owns the database, because its calls block on fsync; callers
-//! wait in a bounded channel. An answer means that the change is durable.
-//! Dropping a caller's future does not take its change back.
+//! wait in a bounded channel, no longer than a minute. An answer means that
+//! the change is durable. A change is not taken back when its caller stops
+//! waiting for it.
 
 use std::{
     error::Error as StdError,
@@ -16,6 +17,7 @@ use std::{
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     thread::{self, JoinHandle},
+    time::{Duration, Instant},
 };
 
 use redb::{
@@ -23,7 +25,10 @@ use redb::{
     TableDefinition,
 };
 use serde::{Deserialize, Serialize};
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::timeout,
+};
 
 use crate::{
     error::{Cause, Context, Error, Reason, Result},
@@ -38,6 +43,10 @@ const VERSION: u32 = 1;
 
 /// Callers that may wait for the thread; more wait for a place.
 const QUEUE: usize = 64;
+
+/// Longest wait for an answer. A disk that takes longer for some kilobytes is
+/// as good as gone, and no work request may wait for it for ever.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The journal holds some hundred kilobytes; redb would take 1 GiB.
 const CACHE_BYTES: usize = 4 << 20;
@@ -124,12 +133,17 @@ impl Journal {
     ) -> Result<T> {
         let (done, answer) = oneshot::channel();
         let ended = "the journal's thread has ended";
-        let outcome = match &self.commands {
-            Some(commands) if commands.send(command(done)).await.is_ok() => {
-                answer.await.unwrap_or_else(|_| Err(ended.into()))
+        let asked = async {
+            match &self.commands {
+                Some(commands) if commands.send(command(done)).await.is_ok() => {
+                    answer.await.unwrap_or_else(|_| Err(ended.into()))
+                }
+                _ => Err(ended.into()),
             }
-            _ => Err(ended.into()),
         };
+        let outcome = timeout(PATIENCE, asked).await.unwrap_or_else(|_| {
+            Err(format!("its disk did not answer for {} seconds", PATIENCE.as_secs()).into())
+        });
         outcome.context(Reason::JournalFailed, || {
             format!("{} the journal {}", doing(), self.path.display())
         })
@@ -140,9 +154,13 @@ impl Drop for Journal {
     fn drop(&mut self) {
         drop(self.commands.take());
         // Some milliseconds: what is queued is written, and whoever opens the
-        // file next finds it closed.
+        // file next finds it closed. A disk that hangs must not keep the
+        // daemon from ending.
+        let begin = Instant::now();
         if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
+            while !thread.is_finished() && begin.elapsed() < PATIENCE {
+                thread::sleep(Duration::from_millis(1));
+            }
         }
     }
 }
@@ -367,6 +385,21 @@ mod tests {
         journal.forget(&[new.id.clone(), request(3_000).id]).await.unwrap();
         assert_eq!(journal.load().await.unwrap(), [old]);
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_disk_that_hangs_is_not_waited_for() {
+        // Nobody reads what is asked, as a thread in the middle of an fsync.
+        let (commands, _unread) = mpsc::channel(1);
+        let path = PathBuf::from("/j");
+        let journal = Journal { path, commands: Some(commands), thread: None };
+        for _ in 0..2 {
+            let before = tokio::time::Instant::now();
+            let error = journal.put(&request(0)).await.unwrap_err();
+            assert_eq!(before.elapsed(), PATIENCE);
+            let report = error.report();
+            assert!(report.ends_with("its disk did not answer for 60 seconds"), "{report}");
+        }
     }
 
     #[tokio::test]

@@ -277,9 +277,8 @@ impl Host {
     /// and may look at all of them; where it may not (no CAP_SYS_PTRACE, a
     /// security module) nobody can say that the volume is free. Without root
     /// every other user's programs are hidden: such an imaged is for tests,
-    /// reaches no device, and only warns. The first process is no program of
-    /// anybody's and opens no volumes, also where it is walled off (seen: a
-    /// container whose Landlock rules hide its init and nothing else).
+    /// reaches no device, and only warns. The first process opens no volumes,
+    /// and in some containers nobody may look at it: it does not count.
     fn opener(&self, subject: &Subject, openers: Openers) -> io::Result<Option<Holder>> {
         let mut hidden = 0_u32;
         let mut pids: Vec<u32> =

@@ -191,6 +191,8 @@ impl AsyncWrite for Connection {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::StreamExt;
+
     use super::*;
 
     #[test]
@@ -237,5 +239,22 @@ mod tests {
         let peer = |uid| Peer(Arc::new(PeerCredentials { uid, gid: 0, groups: vec![] }));
         assert_eq!(peer(0).describe().await, "uid 0 (root)");
         assert_eq!(peer(3_999_999_999).describe().await, "uid 3999999999");
+    }
+
+    #[tokio::test]
+    async fn so_many_connections_at_once_and_the_next_when_one_ends() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("socket");
+        let mut accepted = Box::pin(Connection::accept(UnixListener::bind(&path).unwrap()));
+        let mut connections = Vec::new();
+        for _ in 0..MAX_CONNECTIONS {
+            let client = UnixStream::connect(&path).await.unwrap();
+            connections.push((client, accepted.next().await.unwrap().unwrap()));
+        }
+        let _waits = UnixStream::connect(&path).await.unwrap();
+        let none = tokio::time::timeout(Duration::from_millis(200), accepted.next()).await;
+        assert!(none.is_err(), "one too many");
+        connections.remove(0);
+        assert!(accepted.next().await.unwrap().is_ok());
     }
 }

@@ -148,6 +148,8 @@ mod tests {
         STORE_UNAVAILABLE: Unavailable
         IMAGE_CORRUPT: DataLoss
         STALLED: Unavailable
+        IMAGE_UNREADABLE: DataLoss
+        CONFINEMENT_UNAVAILABLE: Unimplemented
         INSTANCE_RUNNING: Unimplemented
         CANCELED: Cancelled
         DAEMON_STOPPED: Cancelled

@@ -161,7 +161,7 @@ impl Capture {
             record: self.image.record.clone(),
             extent_digests: encoded.extent_digests,
         };
-        watchdog.guard(|| self.store(), upload.seal(&sealed)).await
+        watchdog.guard(|| self.store(), upload.seal(Arc::new(sealed))).await
     }
 }
 

@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use crate::{
-    lab::{Config, Daemon, Loop, Mount, Stuck, run, scratch, sparse_file, text, wait_for},
+    lab::{Config, Daemon, Frozen, Loop, Mount, Stuck, run, scratch, sparse_file, text, wait_for},
     lifecycle::{running, slow_volume, status},
     sources::assert_nothing_left,
 };
@@ -128,4 +128,51 @@ fn root_cancelling_ends_also_what_does_not_answer() {
     let log = end["logs"].to_string();
     assert!(log.contains("the store \\\"test\\\" did not"), "{log}");
     drop(frozen);
+}
+
+/// A capture that a user canceled while its store answers nobody, so that it
+/// cannot end.
+fn canceling(dir: &Path, ext4: &Mount) -> (Daemon, Config, String, Frozen) {
+    let volume = slow_volume(dir);
+    let mut config = config(&[dir], Some(&ext4.at.path().join("store")));
+    config.lines = config.lines.replace("_seconds = 2", "_seconds = 60");
+    let daemon = Daemon::start(&config);
+    let request = running(&daemon, &volume);
+    let frozen = ext4.freeze();
+    let canceled = daemon.json(&["work-request", "cancel", "--work-request-id", &request]);
+    assert_eq!(canceled["data"]["status"], "CANCELING");
+    (daemon, config, request, frozen)
+}
+
+#[test]
+#[ignore = "needs root and loop devices"]
+fn root_what_a_user_canceled_is_canceled_also_when_the_daemon_is_killed() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let ext4 = Mount::new("ext4", 2 << 30);
+    let (daemon, config, request, frozen) = canceling(dir.path(), &ext4);
+    // The cancellation is answered before it is noted.
+    std::thread::sleep(Duration::from_millis(500));
+    daemon.signal("KILL");
+    drop(frozen);
+    let kept = daemon.kill().unwrap();
+    let daemon = Daemon::start_in(kept.path(), &config);
+    assert_eq!(status(&daemon, &request)["status"], "CANCELED");
+    let store = ext4.at.path().to_str().unwrap();
+    assert_eq!(run("find", &[store, "-name", "*.qcow2"]), "");
+}
+
+#[test]
+#[ignore = "needs root and loop devices"]
+fn root_what_a_user_canceled_is_canceled_also_when_the_daemon_stops() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let ext4 = Mount::new("ext4", 2 << 30);
+    let (daemon, config, request, frozen) = canceling(dir.path(), &ext4);
+    daemon.signal("TERM");
+    std::thread::sleep(Duration::from_millis(500));
+    drop(frozen);
+    let kept = daemon.stop().unwrap();
+    let daemon = Daemon::start_in(kept.path(), &config);
+    assert_eq!(status(&daemon, &request)["status"], "CANCELED");
+    let store = ext4.at.path().to_str().unwrap();
+    assert_eq!(run("find", &[store, "-name", "*.qcow2"]), "");
 }

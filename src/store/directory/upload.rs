@@ -129,11 +129,11 @@ impl Upload for DirectoryUpload {
         })
     }
 
-    fn seal<'a>(&'a self, sealed: &'a Sealed) -> BoxFuture<'a, Result<()>> {
+    fn seal(&self, sealed: Arc<Sealed>) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             let threads = &self.store.threads;
             let stage = threads.within(BYTES, Arc::clone(&self.stage).write_owned()).await?;
-            let (store, id, sealed) = (Arc::clone(&self.store), self.id.clone(), sealed.clone());
+            let (store, id) = (Arc::clone(&self.store), self.id.clone());
             // When the caller stops waiting the image must not appear later.
             let abandoned = CancellationToken::new();
             let _waiting = abandoned.clone().drop_guard();

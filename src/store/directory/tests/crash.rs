@@ -108,7 +108,7 @@ async fn a_seal_that_nobody_waits_for_leaves_nothing_after_the_abort() {
     let upload = store.begin(&id(1)).await.unwrap();
     upload.put(parts(&[8192]).remove(0)).await.unwrap();
     let sealed = sealed(&id(1), &parts(&[8192]));
-    let mut seal = upload.seal(&sealed);
+    let mut seal = upload.seal(Arc::new(sealed.clone()));
     assert!((&mut seal).now_or_never().is_none());
     drop(seal);
     upload.abort().await.unwrap();
@@ -131,7 +131,10 @@ async fn a_store_that_vanishes_under_an_upload_is_an_error() {
       help: is it mounted? mount it, or restart imaged to begin a new store there
     ");
     let sealed = sealed(&id(1), &parts(&[8192]));
-    assert_eq!(upload.seal(&sealed).await.unwrap_err().reason(), Reason::StoreUnavailable);
+    assert_eq!(
+        upload.seal(Arc::new(sealed.clone())).await.unwrap_err().reason(),
+        Reason::StoreUnavailable
+    );
     assert_eq!(store.begin(&id(2)).await.unwrap_err().reason(), Reason::StoreUnavailable);
     assert_eq!(store.space().await.unwrap_err().reason(), Reason::StoreUnavailable);
     assert_eq!(store.list().await.unwrap_err().reason(), Reason::StoreUnavailable);

@@ -136,7 +136,7 @@ async fn make(store: &DirectoryStore, id: &ImageId) {
     for part in parts.into_iter().rev() {
         upload.put(part).await.unwrap();
     }
-    upload.seal(&sealed).await.unwrap();
+    upload.seal(Arc::new(sealed.clone())).await.unwrap();
 }
 
 async fn listed(store: &DirectoryStore) -> Vec<String> {
@@ -169,7 +169,7 @@ async fn a_sealed_image_is_whole_and_private() {
         assert_eq!(store.get(&id).await.unwrap(), None);
         upload.put(part).await.unwrap();
     }
-    upload.seal(&sealed).await.unwrap();
+    upload.seal(Arc::new(sealed.clone())).await.unwrap();
 
     let mut wanted = (sealed.manifest, sealed.record);
     assert_eq!(store.get(&id).await.unwrap(), Some(wanted.clone()));
@@ -199,10 +199,12 @@ async fn an_upload_ends_once() {
     let upload = store.begin(&id).await.unwrap();
     upload.put(parts(&[100]).remove(0)).await.unwrap();
     let whole = sealed(&id, &parts(&[100]));
-    upload.seal(&whole).await.unwrap();
-    for again in
-        [upload.seal(&whole).await, upload.abort().await, upload.put(parts(&[100]).remove(0)).await]
-    {
+    upload.seal(Arc::new(whole.clone())).await.unwrap();
+    for again in [
+        upload.seal(Arc::new(whole.clone())).await,
+        upload.abort().await,
+        upload.put(parts(&[100]).remove(0)).await,
+    ] {
         insta::allow_duplicates! {
             insta::assert_snapshot!(bench.report(&again.unwrap_err()), @"INTERNAL: the upload of image ocid1.image.imaged..test1 was sealed before");
         }
@@ -250,7 +252,7 @@ async fn what_was_not_put_is_not_sealed() {
         for part in parts {
             upload.put(part).await.unwrap();
         }
-        told.push(bench.report(&upload.seal(&sealed).await.unwrap_err()));
+        told.push(bench.report(&upload.seal(Arc::new(sealed.clone())).await.unwrap_err()));
         assert!(listed(&store).await.is_empty());
         upload.abort().await.unwrap();
     }
@@ -274,7 +276,7 @@ async fn an_object_of_another_length_is_not_sealed() {
     upload.put(parts(&[100]).remove(0)).await.unwrap();
     let object = fs::OpenOptions::new().write(true).open(bench.dir(&id(1)).join(OBJECT)).unwrap();
     object.set_len(50).unwrap();
-    let error = upload.seal(&sealed).await.unwrap_err();
+    let error = upload.seal(Arc::new(sealed.clone())).await.unwrap_err();
     insta::assert_snapshot!(bench.report(&error), @"INTERNAL: image ocid1.image.imaged..test1 is not whole: its parts have 100 bytes, its object 50, and its manifest says 100");
 }
 
@@ -306,7 +308,7 @@ async fn uploads_in_parallel_do_not_meet() {
             for done in futures_util::future::join_all(puts).await {
                 done.unwrap();
             }
-            upload.seal(&sealed).await.unwrap();
+            upload.seal(Arc::new(sealed.clone())).await.unwrap();
             let mut hash = Sha256::new();
             let bytes = fs::read(bench_object(store, &id)).unwrap();
             let mut rest = &bytes[..];
@@ -342,7 +344,7 @@ async fn deleting_is_repeatable_and_spares_uploads() {
     let upload = store.begin(&id(2)).await.unwrap();
     assert_eq!(store.delete(&id(2)).await.unwrap(), Delete::AlreadyDeleted);
     upload.put(parts(&[100]).remove(0)).await.unwrap();
-    upload.seal(&sealed(&id(2), &parts(&[100]))).await.unwrap();
+    upload.seal(Arc::new(sealed(&id(2), &parts(&[100])))).await.unwrap();
     let claim = fs::File::create(bench.dir(&id(2)).join(CLAIM)).unwrap();
     claim.lock().unwrap();
     let locked = store.delete(&id(2)).await.unwrap_err();

@@ -55,7 +55,7 @@ async fn qemu_the_script_in_the_docs_verifies_an_image() {
     stored.object_digest = ObjectDigest(Sha256::digest(&sums).into());
     stored.content_digest = ContentDigest(*blake3::hash(&digests).as_bytes());
     sealed.extent_digests = digests;
-    upload.seal(&sealed).await.unwrap();
+    upload.seal(Arc::new(sealed.clone())).await.unwrap();
 
     let dir = bench.dir(&id(1));
     let good = verify(&dir, &raw);
