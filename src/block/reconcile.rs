@@ -215,3 +215,353 @@ impl<A: Saved, S: Snapshot> Reconciler<A, S> {
 fn within(offset: u64) -> usize {
     offset as usize
 }
+
+#[cfg(test)]
+mod tests {
+    //! The argument, played through: a device, a filter with a scratch, and
+    //! guest writes whose every step may fall between any two steps of the
+    //! reader. All from a seed.
+
+    use std::{cell::RefCell, rc::Rc};
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::error::{Error, Reason};
+
+    /// Bytes of the volume: the last cluster is short.
+    const SIZE: u64 = 30;
+    /// Bytes of a cluster of the filter.
+    const CLUSTER: u64 = 4;
+    /// Bytes of an extent of the reader: no multiple of a cluster.
+    const EXTENT: u64 = 10;
+
+    /// What a guest does to a range: new bytes, or zeroes.
+    #[derive(Debug, Clone)]
+    struct Op {
+        range: Range<u64>,
+        byte: u8,
+        /// Whether its first copy fails.
+        fails: bool,
+        state: OpState,
+    }
+
+    #[derive(Debug, Clone, PartialEq)]
+    enum OpState {
+        /// Copies the cluster of this byte next.
+        Copying(u64),
+        /// Waits for snapshot reads of its range, then writes.
+        Waiting,
+        /// Writes this byte next.
+        Writing(u64),
+        Over,
+    }
+
+    struct World {
+        device: Vec<u8>,
+        /// What copy-before-write saved.
+        scratch: Vec<Option<u8>>,
+        broken: bool,
+        /// A range that a snapshot read has frozen.
+        frozen: Option<Range<u64>>,
+        ops: Vec<Op>,
+        random: u64,
+    }
+
+    impl World {
+        fn random(&mut self, below: u64) -> u64 {
+            self.random ^= self.random << 13;
+            self.random ^= self.random >> 7;
+            self.random ^= self.random << 17;
+            (self.random >> 20) % below
+        }
+
+        /// The guest takes a few steps, of any of its requests.
+        fn guest(&mut self) {
+            for _ in 0..self.random(6) {
+                let at = self.random(self.ops.len() as u64);
+                let mut op = self.ops[at as usize].clone();
+                self.step(&mut op);
+                self.ops[at as usize] = op;
+            }
+        }
+
+        /// As `cbw_do_copy_before_write`, then the write.
+        fn step(&mut self, op: &mut Op) {
+            op.state = match op.state {
+                // Once broken, nothing is copied, and nothing waited for.
+                OpState::Copying(_) if self.broken => OpState::Writing(op.range.start),
+                OpState::Copying(at) if op.fails => {
+                    op.fails = false;
+                    self.broken = true;
+                    let _ = at;
+                    OpState::Waiting
+                }
+                OpState::Copying(at) => {
+                    let start = at - at % CLUSTER;
+                    let end = (start + CLUSTER).min(SIZE);
+                    for byte in start..end {
+                        let byte = byte as usize;
+                        self.scratch[byte].get_or_insert(self.device[byte]);
+                    }
+                    if end < op.range.end { OpState::Copying(end) } else { OpState::Waiting }
+                }
+                OpState::Waiting => {
+                    let frozen = self.frozen.clone().unwrap_or_default();
+                    let clusters =
+                        op.range.start / CLUSTER * CLUSTER..op.range.end.next_multiple_of(CLUSTER);
+                    let meets = frozen.start < clusters.end && clusters.start < frozen.end;
+                    if meets { OpState::Waiting } else { OpState::Writing(op.range.start) }
+                }
+                OpState::Writing(at) => {
+                    self.device[at as usize] = op.byte;
+                    if at + 1 < op.range.end { OpState::Writing(at + 1) } else { OpState::Over }
+                }
+                OpState::Over => OpState::Over,
+            }
+        }
+    }
+
+    /// What is done wrong on purpose.
+    #[derive(Debug, Clone, Copy, PartialEq)]
+    enum Mistake {
+        None,
+        /// Nothing is read again.
+        NoSecondRead,
+        /// The scratch is asked before the direct read.
+        AskedBefore,
+        /// Holes are believed without asking the scratch.
+        HolesBelieved,
+        /// The map is of before the point in time.
+        OldMap,
+        /// Nothing vouches in the end.
+        NoVouching,
+        /// The scratch forgets clusters of zeroes.
+        ForgetfulScratch,
+    }
+
+    struct Sides {
+        world: Rc<RefCell<World>>,
+        mistake: Mistake,
+        /// What the scratch said before the read.
+        before: Rc<RefCell<Vec<Range<u64>>>>,
+    }
+
+    fn saved_now(world: &RefCell<World>, range: Range<u64>, mistake: Mistake) -> Vec<Range<u64>> {
+        let mut found = Vec::new();
+        for at in range {
+            // An answer takes time, extent by extent.
+            world.borrow_mut().guest();
+            let cluster = at - at % CLUSTER;
+            let world = world.borrow();
+            let saved = &world.scratch[cluster as usize..(cluster + CLUSTER).min(SIZE) as usize];
+            let zeroes = saved.iter().all(|&byte| byte == Some(0));
+            let forgotten = mistake == Mistake::ForgetfulScratch && zeroes;
+            if world.scratch[at as usize].is_some() && !forgotten {
+                found.push(at..at + 1);
+            }
+        }
+        found
+    }
+
+    impl Saved for Sides {
+        fn saved(&mut self, range: Range<u64>) -> Result<Vec<Range<u64>>> {
+            Ok(match self.mistake {
+                Mistake::NoSecondRead => Vec::new(),
+                Mistake::AskedBefore => self.before.borrow().clone(),
+                mistake => saved_now(&self.world, range, mistake),
+            })
+        }
+    }
+
+    impl Snapshot for Sides {
+        /// As `cbw_co_preadv_snapshot`: the error is looked at first only, and
+        /// what the device has is read while its range is frozen.
+        fn read(&mut self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+            let mut world = self.world.borrow_mut();
+            if world.broken {
+                return Err(Error::new(Reason::SnapshotBroken, "the snapshot is broken"));
+            }
+            let range = offset..offset + bytes.len() as u64;
+            let saved: Vec<_> = world.scratch[within(range.start)..within(range.end)].to_vec();
+            world.frozen = Some(range);
+            drop(world);
+            for (at, (byte, saved)) in bytes.iter_mut().zip(saved).enumerate() {
+                let mut world = self.world.borrow_mut();
+                world.guest();
+                *byte = saved.unwrap_or(world.device[within(offset) + at]);
+            }
+            self.world.borrow_mut().frozen = None;
+            Ok(())
+        }
+
+        fn vouch(&mut self) -> Result<()> {
+            let broken = self.world.borrow().broken && self.mistake != Mistake::NoVouching;
+            if broken { Err(Error::new(Reason::SnapshotBroken, "broken")) } else { Ok(()) }
+        }
+    }
+
+    fn ops(random: &mut World, breaks: bool) -> Vec<Op> {
+        (0..6)
+            .map(|number| {
+                let start = random.random(SIZE);
+                let end = start + 1 + random.random((SIZE - start).min(12));
+                // Every third is a discard or write-zeroes.
+                let byte = if number % 3 == 0 { 0 } else { 100 + number };
+                let fails = breaks && random.random(8) == 0;
+                Op { range: start..end, byte, fails, state: OpState::Copying(start) }
+            })
+            .collect()
+    }
+
+    /// One capture. `None`: it failed. Else whether the image is that of the
+    /// point in time.
+    fn capture(seed: u64, breaks: bool, mistake: Mistake) -> Option<bool> {
+        let mut world = World {
+            device: Vec::new(),
+            scratch: vec![None; SIZE as usize],
+            broken: false,
+            frozen: None,
+            ops: Vec::new(),
+            random: seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1,
+        };
+        // Half of the clusters are holes.
+        let holes: Vec<bool> = (0..=SIZE / CLUSTER).map(|_| world.random(2) == 0).collect();
+        let hole = |at: u64| holes[(at / CLUSTER) as usize];
+        world.device = (0..SIZE).map(|at| if hole(at) { 0 } else { 1 + at as u8 }).collect();
+        let old_map = world.device.clone();
+        if mistake == Mistake::OldMap {
+            let at = world.random(SIZE) as usize;
+            world.device[at] = 77;
+        }
+        let point_in_time = world.device.clone();
+        world.ops = ops(&mut world, breaks);
+        let world = Rc::new(RefCell::new(world));
+        let before = Rc::new(RefCell::new(Vec::new()));
+        let sides = || Sides { world: world.clone(), mistake, before: before.clone() };
+        let mut reconciler = Reconciler::new(sides(), sides());
+
+        let mut image = vec![0; SIZE as usize];
+        for start in (0..SIZE).step_by(EXTENT as usize) {
+            let range = start..(start + EXTENT).min(SIZE);
+            let bytes = within(range.start)..within(range.end);
+            if mistake == Mistake::AskedBefore {
+                *before.borrow_mut() = saved_now(&world, range.clone(), mistake);
+            }
+            world.borrow_mut().guest();
+            let map = if mistake == Mistake::OldMap {
+                old_map.clone()
+            } else {
+                world.borrow().device.clone()
+            };
+            let result = if map[bytes.clone()].iter().all(|&byte| byte == 0) {
+                world.borrow_mut().guest();
+                let parts = match mistake {
+                    Mistake::HolesBelieved => Ok(Vec::new()),
+                    _ => reconciler.overwritten(range),
+                };
+                parts.and_then(|parts| {
+                    parts.into_iter().try_for_each(|part| {
+                        let place = within(part.start)..within(part.end);
+                        reconciler.read(part.start, &mut image[place])
+                    })
+                })
+            } else {
+                for at in bytes.clone() {
+                    world.borrow_mut().guest();
+                    image[at] = world.borrow().device[at];
+                }
+                reconciler.correct(start, &mut image[bytes])
+            };
+            result.ok()?;
+        }
+        reconciler.finish().ok()?;
+        Some(image == point_in_time)
+    }
+
+    const SEEDS: u64 = 20_000;
+
+    #[test]
+    fn every_capture_is_of_the_point_in_time_or_fails() {
+        let mut failed = 0;
+        for seed in 0..SEEDS {
+            assert_eq!(capture(seed, false, Mistake::None), Some(true), "seed {seed}");
+            match capture(seed, true, Mistake::None) {
+                None => failed += 1,
+                right => assert_eq!(right, Some(true), "seed {seed}, with failures"),
+            }
+        }
+        assert!((SEEDS / 10..SEEDS * 9 / 10).contains(&failed), "{failed} of {SEEDS} failed");
+    }
+
+    #[test]
+    fn each_step_is_needed() {
+        for mistake in [
+            Mistake::NoSecondRead,
+            Mistake::AskedBefore,
+            Mistake::HolesBelieved,
+            Mistake::OldMap,
+            Mistake::NoVouching,
+            Mistake::ForgetfulScratch,
+        ] {
+            let breaks = mistake == Mistake::NoVouching;
+            let wrong = (0..SEEDS).find(|&seed| capture(seed, breaks, mistake) == Some(false));
+            assert!(wrong.is_some(), "{mistake:?} was not noticed");
+        }
+    }
+
+    #[test]
+    fn a_broken_snapshot_answers_a_read_that_was_under_way_with_the_guests_bytes() {
+        let op = |range: Range<u64>, fails| {
+            let state = OpState::Copying(range.start);
+            Op { range, byte: 200, fails, state }
+        };
+        let mut world = World {
+            device: vec![1; SIZE as usize],
+            scratch: vec![None; SIZE as usize],
+            broken: false,
+            frozen: Some(0..4),
+            ops: Vec::new(),
+            random: 1,
+        };
+        let (mut waits, mut breaks) = (op(0..4, false), op(8..12, true));
+        for _ in 0..9 {
+            world.step(&mut waits);
+        }
+        assert_eq!((waits.state, world.device[0]), (OpState::Waiting, 1));
+        let mut passes = op(0..4, false);
+        world.step(&mut breaks);
+        for _ in 0..9 {
+            world.step(&mut passes);
+        }
+        assert_eq!((passes.state, world.device[0]), (OpState::Over, 200));
+    }
+
+    #[test]
+    fn only_what_lies_in_the_read_is_overwritten() {
+        assert_eq!(
+            overwritten(&(10..20), &[0..5, 5..11, 11..12, 14..15, 19..90]),
+            [10..12, 14..15, 19..20]
+        );
+        assert!(overwritten(&(10..20), &[0..10, 20..30]).is_empty());
+        assert!(overwritten(&(10..10), &[0..30]).is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn a_byte_is_overwritten_if_it_was_saved(
+            read in 0..60_u64,
+            len in 0..30_u64,
+            cuts in prop::collection::btree_set(0..100_u64, 0..12),
+        ) {
+            let cuts: Vec<_> = cuts.into_iter().collect();
+            let saved: Vec<_> = cuts.chunks_exact(2).map(|cut| cut[0]..cut[1]).collect();
+            let found = overwritten(&(read..read + len), &saved);
+            prop_assert!(found.windows(2).all(|pair| pair[0].end < pair[1].start));
+            for at in 0..100 {
+                let wanted = (read..read + len).contains(&at) && saved.iter().any(|s| s.contains(&at));
+                prop_assert_eq!(found.iter().any(|f| f.contains(&at)), wanted);
+            }
+        }
+    }
+}

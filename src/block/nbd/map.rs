@@ -75,6 +75,7 @@ impl<B: DerefMut<Target = [u8]>, S: Stream> Client<B, S> {
         if self.has_map() {
             return self.extents(Context::Content, range);
         }
+        tracing::warn!(export = %self.endpoint(), "the server tells no map: everything is read");
         let end = range.end;
         let mut extents = self.extents(Context::Content, end..end)?;
         if !range.is_empty() {

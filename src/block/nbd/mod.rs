@@ -10,6 +10,8 @@
 
 mod answer;
 mod client;
+#[cfg(test)]
+mod device_tests;
 mod fault;
 mod live;
 mod map;

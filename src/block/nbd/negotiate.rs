@@ -88,7 +88,8 @@ fn choose(stream: &mut impl Stream, export: &str, context: Context) -> Result<Op
     });
     match answer {
         Ok(()) => Ok(chosen),
-        // An export that does not exist is said so again by the next option.
+        // An export that does not exist is said so again by the next option;
+        // whoever cannot do without a map asks whether there is one.
         Err(Fault::Declined { .. }) => Ok(None),
         Err(fault) => Err(fault),
     }

@@ -107,7 +107,7 @@ pub(super) enum OptionKind {
     /// Replies in chunks.
     StructuredReply = 8,
     /// Choose what block status tells.
-    SetMetaContext = 11,
+    SetMetaContext = 10,
 }
 
 /// One option with its data.
@@ -349,7 +349,7 @@ mod tests {
             ]
         );
         let wanted =
-            b"IHAVEOPT\0\0\0\x0b\0\0\0\x1f\0\0\0\x04disk\0\0\0\x01\0\0\0\x0fbase:allocation";
+            b"IHAVEOPT\0\0\0\x0a\0\0\0\x1f\0\0\0\x04disk\0\0\0\x01\0\0\0\x0fbase:allocation";
         assert_eq!(set_meta_context("disk", "base:allocation"), wanted);
         assert_eq!(go("d"), b"IHAVEOPT\0\0\0\x07\0\0\0\x09\0\0\0\x01d\0\x01\0\x03");
         assert_eq!(structured_reply(), b"IHAVEOPT\0\0\0\x08\0\0\0\0");

@@ -83,8 +83,8 @@ fn greeted(context: Context, size: u64) -> Vec<u8> {
     [
         b"NBDMAGICIHAVEOPT\0\x03".to_vec(),
         reply(8, 1, &[]),
-        reply(11, 4, &[&[0, 0, 0, 7], context.name().as_bytes()].concat()),
-        reply(11, 1, &[]),
+        reply(10, 4, &[&[0, 0, 0, 7], context.name().as_bytes()].concat()),
+        reply(10, 1, &[]),
         export(size),
         reply(7, 3, &[0, 3, 0, 0, 2, 0, 0, 0, 16, 0, 2, 0, 0, 0]),
         reply(7, 1, &[]),
@@ -133,7 +133,7 @@ fn a_client_asks_for_what_it_needs_and_no_more() {
     let client = client(&[]);
     assert_eq!((client.size().get(), client.unit(), client.has_map()), (8192, 512, true));
     let heard = String::from_utf8_lossy(&client.stream.heard).replace('\0', ".");
-    insta::assert_snapshot!(heard.escape_default(), @r"...\u{3}IHAVEOPT...\u{8}....IHAVEOPT...\u{b}...\u{1f}...\u{4}disk...\u{1}...\u{f}base:allocationIHAVEOPT...\u{7}...\u{c}...\u{4}disk.\u{1}.\u{3}");
+    insta::assert_snapshot!(heard.escape_default(), @r"...\u{3}IHAVEOPT...\u{8}....IHAVEOPT...\n...\u{1f}...\u{4}disk...\u{1}...\u{f}base:allocationIHAVEOPT...\u{7}...\u{c}...\u{4}disk.\u{1}.\u{3}");
 }
 
 #[test]
@@ -145,7 +145,7 @@ fn an_export_that_cannot_be_opened_is_named() {
     let none = [
         hello.clone(),
         reply(8, 1, &[]),
-        reply(11, 0x8000_0006, b""),
+        reply(10, 0x8000_0006, b""),
         reply(7, 0x8000_0006, b"export 'disk' not present"),
     ];
     insta::assert_snapshot!(refused(&none, Then::End), @r#"
@@ -165,9 +165,9 @@ fn an_export_that_cannot_be_opened_is_named() {
       0: the server does not follow the NBD protocol
       1: it does not greet as an NBD server
     "#);
-    let endless = [hello.clone(), reply(8, 1, &[]), reply(11, 1, &[]), export(1).repeat(40)];
+    let endless = [hello.clone(), reply(8, 1, &[]), reply(10, 1, &[]), export(1).repeat(40)];
     assert!(refused(&endless, Then::End).contains("no end of replies"));
-    let sizeless = [hello, reply(8, 1, &[]), reply(11, 1, &[]), reply(7, 1, &[])];
+    let sizeless = [hello, reply(8, 1, &[]), reply(10, 1, &[]), reply(7, 1, &[])];
     assert!(refused(&sizeless, Then::End).contains("does not tell the export's size"));
 }
 
