@@ -221,6 +221,7 @@ mod tests {
     //! The argument, played through: a device, a filter with a scratch, and
     //! guest writes whose every step may fall between any two steps of the
     //! reader. All from a seed.
+    #![allow(clippy::cast_possible_truncation, reason = "the sizes here are small")]
 
     use std::{cell::RefCell, rc::Rc};
 

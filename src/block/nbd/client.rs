@@ -10,76 +10,33 @@
 //! holds for the server that promised it, not for another at the same path.
 
 use std::{
-    fmt,
+    io::{BufReader, Read as _},
     ops::{DerefMut, Range},
-    path::PathBuf,
     time::{Duration, Instant},
 };
 
 use super::{
-    answer::{Answer, Asked, Descriptor, Payload},
+    answer::{Asked, Descriptor, Payload},
+    endpoint::{Context, Endpoint},
     fault::{Fault, Violation},
     negotiate::{Replies, Session, negotiate},
     protocol::{self, CHUNK_REST, ChunkKind, Command, Last, REPLY_HEAD, ReplyHead},
+    request::{Ended, Request},
     socket::{Socket, Stream},
 };
 use crate::{
-    error::{Error, Reason, Result},
+    error::{Error, Result},
     model::ByteSize,
     sys::slab::Buffer,
 };
 
-/// Where an export is, and what it is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Endpoint {
-    /// The Unix socket of its server.
-    pub socket: PathBuf,
-    /// Its name; at most 4096 bytes.
-    pub export: String,
-    /// What it shows, which decides what a refusal means.
-    pub role: Role,
-}
-
-/// What an export shows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// A volume in itself: a refusal is a failed read.
-    Volume,
-    /// The snapshot of a volume that a guest writes to: a refusal means that
-    /// it is broken.
-    Snapshot,
-    /// What copy-before-write saved of a volume.
-    Scratch,
-}
-
-impl fmt::Display for Endpoint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the NBD export {:?} at {}", self.export, self.socket.display())
-    }
-}
-
-/// What the map of an export tells.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Context {
-    /// What reads as zeroes: `base:allocation`.
-    Content,
-    /// What is allocated in the image itself: `qemu:allocation-depth`
-    /// (`docs/interop/nbd.txt` of QEMU).
-    Depth,
-}
-
-impl Context {
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Content => "base:allocation",
-            Self::Depth => "qemu:allocation-depth",
-        }
-    }
-}
-
-/// Most requests under way at once. QEMU serves so many of a connection
+/// Most reads under way at once. QEMU serves so many requests of a connection
 /// (`MAX_NBD_REQUESTS`) and leaves further ones in the socket.
 pub const MAX_IN_FLIGHT: usize = 16;
+
+/// How much is read ahead of what is parsed: a message's head comes with the
+/// first of its bytes in one system call, and few bytes are copied twice.
+const READ_AHEAD: usize = 4096;
 
 /// A connection to an export that is read.
 ///
@@ -87,7 +44,7 @@ pub const MAX_IN_FLIGHT: usize = 16;
 /// reads that were given them; when the connection fails they are dropped.
 #[derive(Debug)]
 pub struct Client<B = Buffer, S: Stream = Socket> {
-    pub(super) stream: S,
+    pub(super) stream: BufReader<S>,
     endpoint: Endpoint,
     context: Context,
     session: Session,
@@ -103,15 +60,6 @@ pub struct Client<B = Buffer, S: Stream = Socket> {
 enum Health {
     Good,
     Dead,
-}
-
-/// A request under way.
-#[derive(Debug)]
-struct Request<B> {
-    cookie: u64,
-    answer: Answer,
-    /// A read's buffer, and where in it the bytes go.
-    target: Option<(B, Range<usize>)>,
 }
 
 /// A read that succeeded.
@@ -143,7 +91,8 @@ impl<B: DerefMut<Target = [u8]>> Client<B> {
     pub fn connect(endpoint: &Endpoint, context: Context, patience: Duration) -> Result<Self> {
         let deadline = Instant::now() + patience;
         let stream = Socket::connect(&endpoint.socket, deadline).map_err(|error| {
-            unavailable(endpoint, error.into())
+            endpoint
+                .unavailable(error.into())
                 .advice("look whether the instance's QEMU still runs, and into its log")
         })?;
         Self::over(stream, endpoint, context, patience)
@@ -164,7 +113,8 @@ impl<B: DerefMut<Target = [u8]>, S: Stream> Client<B, S> {
     ) -> Result<Self> {
         stream.set_deadline(Instant::now() + patience);
         let session = negotiate(&mut stream, &endpoint.export, context)
-            .map_err(|fault| unavailable(endpoint, quiet(fault, patience)))?;
+            .map_err(|fault| endpoint.unavailable(quiet(fault, patience)))?;
+        let stream = BufReader::with_capacity(READ_AHEAD, stream);
         Ok(Self {
             stream,
             endpoint: endpoint.clone(),
@@ -220,21 +170,22 @@ impl<B: DerefMut<Target = [u8]>, S: Stream> Client<B, S> {
     ///
     /// # Errors
     ///
-    /// `INTERNAL` when [`MAX_IN_FLIGHT`] are under way or the range is empty,
-    /// not within the buffer and the export, or too long; `READ_FAILED` when
-    /// the connection fails.
+    /// `INTERNAL` when [`MAX_IN_FLIGHT`] are under way or the range is empty
+    /// or not within the buffer and the export; `READ_FAILED` when the
+    /// connection fails.
     pub fn read(&mut self, buffer: B, offset: u64, range: Range<usize>) -> Result<()> {
-        let bytes = offset..offset.saturating_add(range.len() as u64);
-        let len = u32::try_from(range.len()).unwrap_or(u32::MAX);
+        let end = offset.saturating_add(range.len() as u64);
+        let maximum = u64::from(self.session.maximum);
+        let step = self.endpoint.role.boundary().unwrap_or(maximum).min(maximum);
         let fits = range.end <= buffer.len()
-            && bytes.end <= self.session.size
+            && end <= self.session.size
             && !range.is_empty()
-            && len <= self.session.maximum
+            && step > 0
             && self.in_flight.len() < MAX_IN_FLIGHT;
         if !fits {
-            return Err(self.misused(&bytes));
+            return Err(self.endpoint.misused(offset, end));
         }
-        self.send(Command::Read, offset, len, Asked::Read(bytes), Some((buffer, range)))
+        self.send(Request::read(self.next_cookie, offset, buffer, range, step))
     }
 
     /// Waits for the end of any read, at most so long. Reads end in any
@@ -249,9 +200,7 @@ impl<B: DerefMut<Target = [u8]>, S: Stream> Client<B, S> {
         match self.next(at_most)? {
             None => Ok(None),
             Some(Done::Read(finished)) => Ok(Some(finished)),
-            Some(Done::Status(_)) => {
-                Err(Error::new(Reason::Internal, format!("{} answers out of turn", self.endpoint)))
-            }
+            Some(Done::Status(_)) => Err(self.endpoint.out_of_turn()),
         }
     }
 
@@ -282,7 +231,8 @@ impl<B: DerefMut<Target = [u8]>, S: Stream> Client<B, S> {
     /// As [`read`](Self::read) and [`finished`](Self::finished).
     pub fn read_alone(&mut self, buffer: B, offset: u64, range: Range<usize>) -> Result<B> {
         if self.in_flight() > 0 {
-            return Err(self.misused(&(offset..offset.saturating_add(range.len() as u64))));
+            let end = offset.saturating_add(range.len() as u64);
+            return Err(self.endpoint.misused(offset, end));
         }
         self.read(buffer, offset, range)?;
         loop {
@@ -297,46 +247,46 @@ impl<B: DerefMut<Target = [u8]>, S: Stream> Client<B, S> {
     pub(super) fn status(&mut self, range: Range<u64>) -> Result<Vec<Descriptor>> {
         let Replies::Structured(Some(context)) = self.session.replies else {
             let fault = Fault::Lacking(self.context.name());
-            return Err(self.failed(&Asked::Status(range, 0), fault));
+            return Err(self.endpoint.failed(&Asked::Status(range, 0), fault));
         };
         let len = range.end.saturating_sub(range.start);
-        let len = u32::try_from(len).unwrap_or(0);
-        if len == 0 || range.end > self.session.size || !self.in_flight.is_empty() {
-            return Err(self.misused(&range));
+        let crosses = self.endpoint.role.boundary().is_some_and(|boundary| {
+            range.start / boundary != range.end.saturating_sub(1) / boundary
+        });
+        let fits = len > 0
+            && u32::try_from(len).is_ok()
+            && range.end <= self.session.size
+            && self.in_flight.is_empty()
+            && !crosses;
+        if !fits {
+            return Err(self.endpoint.misused(range.start, range.end));
         }
-        let start = range.start;
-        self.send(Command::BlockStatus, start, len, Asked::Status(range, context), None)?;
+        self.send(Request::status(self.next_cookie, range, context))?;
         loop {
             match self.next(self.patience)? {
                 None => {}
                 Some(Done::Status(descriptors)) => return Ok(descriptors),
-                Some(Done::Read(_)) => {
-                    let sentence = format!("{} answers out of turn", self.endpoint);
-                    return Err(Error::new(Reason::Internal, sentence));
-                }
+                Some(Done::Read(_)) => return Err(self.endpoint.out_of_turn()),
             }
         }
     }
 
-    fn send(
-        &mut self,
-        command: Command,
-        offset: u64,
-        len: u32,
-        asked: Asked,
-        target: Option<(B, Range<usize>)>,
-    ) -> Result<()> {
+    /// Sends a request with all its messages at once: together they are one
+    /// small piece of the socket's memory, which a server that is busy
+    /// sending takes no notice of.
+    fn send(&mut self, request: Request<B>) -> Result<()> {
+        let asked = request.waits_for().cloned().unwrap_or(Asked::Read(0..0));
         if self.health == Health::Dead {
-            return Err(self.failed(&asked, Fault::Dead));
+            return Err(self.endpoint.failed(&asked, Fault::Dead));
         }
-        let cookie = self.next_cookie;
-        self.next_cookie += 1;
-        self.stream.set_deadline(Instant::now() + self.patience);
-        let request = protocol::request(command, cookie, offset, len);
-        if let Err(error) = self.stream.write_all(&request) {
+        let (messages, next_cookie) = request.messages();
+        self.next_cookie = next_cookie;
+        let stream = self.stream.get_mut();
+        stream.set_deadline(Instant::now() + self.patience);
+        if let Err(error) = stream.write_all(&messages) {
             return Err(self.died(&asked, error.into()));
         }
-        self.in_flight.push(Request { cookie, answer: Answer::to(asked), target });
+        self.in_flight.push(request);
         Ok(())
     }
 
@@ -345,14 +295,12 @@ impl<B: DerefMut<Target = [u8]>, S: Stream> Client<B, S> {
         let until = Instant::now() + at_most;
         loop {
             // Whoever asks in vain waits for the oldest.
-            let Some(oldest) = self.in_flight.first() else { return Ok(None) };
-            let asked = oldest.answer.asked().clone();
-            if self.health == Health::Dead {
-                return Err(self.failed(&asked, Fault::Dead));
-            }
+            let oldest = self.in_flight.first().and_then(Request::waits_for);
+            let Some(asked) = oldest.cloned() else { return Ok(None) };
             let began = Instant::now();
-            let wait = until.saturating_duration_since(began);
-            match self.stream.ready(wait.min(self.patience)) {
+            let wait = until.saturating_duration_since(began).min(self.patience);
+            let ahead = !self.stream.buffer().is_empty();
+            match if ahead { Ok(true) } else { self.stream.get_mut().ready(wait) } {
                 Err(error) => return Err(self.died(&asked, error.into())),
                 Ok(true) => self.silence = Duration::ZERO,
                 Ok(false) => {
@@ -368,149 +316,114 @@ impl<B: DerefMut<Target = [u8]>, S: Stream> Client<B, S> {
                     continue;
                 }
             }
-            self.stream.set_deadline(Instant::now() + self.patience);
+            self.stream.get_mut().set_deadline(Instant::now() + self.patience);
             match self.message() {
                 Ok(None) => {}
-                Ok(Some(at)) => return self.settle(at).map(Some),
+                Ok(Some((at, cookie))) => {
+                    if let Some(done) = self.settle(at, cookie)? {
+                        return Ok(Some(done));
+                    }
+                }
                 Err(fault) => return Err(self.died(&asked, quiet(fault, self.patience))),
             }
         }
     }
 
-    /// Reads one message. Which request it ends, if it ends one.
-    fn message(&mut self) -> std::result::Result<Option<usize>, Fault> {
+    /// Reads one message. Which request it is for, and its cookie, if it ends
+    /// an answer.
+    fn message(&mut self) -> std::result::Result<Option<(usize, u64)>, Fault> {
         let mut head = [0; REPLY_HEAD];
         self.stream.read_exact(&mut head)?;
-        match ReplyHead::parse(&head)? {
-            ReplyHead::Simple { cookie, error } => {
-                let at = self.find(cookie)?;
-                self.simple(at, error)?;
-                Ok(Some(at))
+        let head = ReplyHead::parse(&head)?;
+        let (ReplyHead::Simple { cookie, .. } | ReplyHead::Chunk { cookie, .. }) = head;
+        let found = self.in_flight.iter_mut().position(|request| request.answer(cookie).is_some());
+        let at = found.ok_or(Violation::Cookie)?;
+        let last = match head {
+            ReplyHead::Simple { error, .. } => {
+                self.simple(at, cookie, error)?;
+                Last::Yes
             }
-            ReplyHead::Chunk { cookie, last, kind } => {
-                let at = self.find(cookie)?;
+            ReplyHead::Chunk { last, kind, .. } => {
                 let mut len = [0; CHUNK_REST];
                 self.stream.read_exact(&mut len)?;
-                self.chunk(at, kind, u32::from_be_bytes(len))?;
-                Ok((last == Last::Yes).then_some(at))
+                self.chunk(at, cookie, kind, u32::from_be_bytes(len))?;
+                last
             }
-        }
+        };
+        Ok((last == Last::Yes).then_some((at, cookie)))
     }
 
-    fn find(&self, cookie: u64) -> std::result::Result<usize, Violation> {
-        let found = self.in_flight.iter().position(|request| request.cookie == cookie);
-        found.ok_or(Violation::Cookie)
-    }
-
-    fn simple(&mut self, at: usize, error: u32) -> std::result::Result<(), Fault> {
+    fn simple(&mut self, at: usize, cookie: u64, error: u32) -> std::result::Result<(), Fault> {
         let request = &mut self.in_flight[at];
-        let (Replies::Simple, Asked::Read(range)) = (self.session.replies, request.answer.asked())
-        else {
+        let answer = request.answer(cookie).ok_or(Violation::Cookie)?;
+        let (Replies::Simple, Asked::Read(range)) = (self.session.replies, answer.asked()) else {
             return Err(Violation::Unexpected.into());
         };
         if error != 0 {
             let payload = [&error.to_be_bytes()[..], &[0; 2]].concat();
-            request.answer.take(ChunkKind::Error, &payload)?;
+            answer.take(ChunkKind::Error, &payload)?;
             return Ok(());
         }
         let range = range.clone();
-        let place = request.answer.place(range.start, range.end - range.start)?;
-        let bytes = request.bytes(place)?;
+        let place = answer.place(range.start, range.end - range.start)?;
+        let bytes = request.bytes(range.start, place)?;
         Ok(self.stream.read_exact(bytes)?)
     }
 
-    fn chunk(&mut self, at: usize, kind: ChunkKind, len: u32) -> std::result::Result<(), Fault> {
+    fn chunk(
+        &mut self,
+        at: usize,
+        cookie: u64,
+        kind: ChunkKind,
+        len: u32,
+    ) -> std::result::Result<(), Fault> {
         if self.session.replies == Replies::Simple {
             return Err(Violation::Unexpected.into());
         }
         let request = &mut self.in_flight[at];
-        match request.answer.expect(kind, len)? {
+        let answer = request.answer(cookie).ok_or(Violation::Cookie)?;
+        let (Asked::Read(asked) | Asked::Status(asked, _)) = answer.asked();
+        let asked = asked.start;
+        match answer.expect(kind, len)? {
             Payload::Data(len) => {
                 let mut offset = [0; 8];
                 self.stream.read_exact(&mut offset)?;
-                let place = request.answer.place(u64::from_be_bytes(offset), len)?;
-                self.stream.read_exact(request.bytes(place)?)?;
+                let place = answer.place(u64::from_be_bytes(offset), len)?;
+                self.stream.read_exact(request.bytes(asked, place)?)?;
             }
             Payload::Small(len) => {
                 let mut payload = vec![0; len];
                 self.stream.read_exact(&mut payload)?;
-                if let Some(zeroes) = request.answer.take(kind, &payload)? {
-                    request.bytes(zeroes)?.fill(0);
+                if let Some(zeroes) = answer.take(kind, &payload)? {
+                    request.bytes(asked, zeroes)?.fill(0);
                 }
             }
         }
         Ok(())
     }
 
-    /// The end of the request at this place.
-    fn settle(&mut self, at: usize) -> Result<Done<B>> {
-        let request = self.in_flight.remove(at);
-        let asked = request.answer.asked().clone();
-        let descriptors = match request.answer.finish() {
-            Ok(descriptors) => descriptors,
-            Err(fault @ Fault::Refused { .. }) => return Err(self.failed(&asked, fault)),
-            Err(fault) => return Err(self.died(&asked, fault)),
+    /// The end of an answer, and perhaps of its request.
+    fn settle(&mut self, at: usize, cookie: u64) -> Result<Option<Done<B>>> {
+        let ended = match self.in_flight[at].end(cookie) {
+            Ok(None) => return Ok(None),
+            Ok(Some(ended)) => ended,
+            Err((asked, fault)) => return Err(self.died(&asked, fault)),
         };
-        Ok(match (asked, request.target) {
-            (Asked::Read(bytes), Some((buffer, range))) => {
-                Done::Read(Finished { buffer, offset: bytes.start, range })
+        self.in_flight.remove(at);
+        match ended {
+            Ended::Read(offset, buffer, range) => {
+                Ok(Some(Done::Read(Finished { buffer, offset, range })))
             }
-            _ => Done::Status(descriptors),
-        })
+            Ended::Status(descriptors) => Ok(Some(Done::Status(descriptors))),
+            Ended::Refused(asked, fault) => Err(self.endpoint.failed(&asked, fault)),
+        }
     }
 
     /// An error after which the connection is in no known state.
     fn died(&mut self, asked: &Asked, fault: Fault) -> Error {
         self.health = Health::Dead;
         self.in_flight.clear();
-        self.failed(asked, fault)
-    }
-
-    fn failed(&self, asked: &Asked, fault: Fault) -> Error {
-        let endpoint = &self.endpoint;
-        let sentence = match asked {
-            Asked::Read(range) => {
-                let (len, at) = (ByteSize(range.end - range.start), range.start);
-                format!("cannot read {len} at offset {at} of {endpoint}")
-            }
-            Asked::Status(range, _) => {
-                let (len, at) = (ByteSize(range.end - range.start), range.start);
-                format!("cannot get the map of {len} at offset {at} of {endpoint}")
-            }
-        };
-        let (reason, advice) = match (&fault, endpoint.role) {
-            (Fault::Refused { .. }, Role::Snapshot) => (
-                Reason::SnapshotBroken,
-                "the guest wrote faster than the scratch area could save what was there: give it \
-                 more room or a faster disk, then ask again",
-            ),
-            (Fault::Refused { .. }, _) => {
-                (Reason::ReadFailed, "look into the log of the instance's QEMU")
-            }
-            (Fault::Violation(_) | Fault::Lacking(_), _) => {
-                (Reason::ReadFailed, "look which program serves this socket")
-            }
-            _ => (
-                Reason::ReadFailed,
-                "look whether the instance's QEMU still runs, and into its log",
-            ),
-        };
-        Error::new(reason, sentence).because(fault).advice(advice)
-    }
-
-    fn misused(&self, range: &Range<u64>) -> Error {
-        let (start, end) = (range.start, range.end);
-        let sentence = format!("a request for {start}..{end} does not fit {}", self.endpoint);
-        Error::new(Reason::Internal, sentence)
-    }
-}
-
-impl<B: DerefMut<Target = [u8]>> Request<B> {
-    /// The place in the buffer for bytes of the request.
-    fn bytes(&mut self, place: Range<usize>) -> std::result::Result<&mut [u8], Violation> {
-        let (buffer, range) = self.target.as_mut().ok_or(Violation::Unexpected)?;
-        let target = buffer.get_mut(range.clone()).and_then(|bytes| bytes.get_mut(place));
-        target.ok_or(Violation::Outside)
+        self.endpoint.failed(asked, fault)
     }
 }
 
@@ -518,31 +431,21 @@ impl<B, S: Stream> Drop for Client<B, S> {
     fn drop(&mut self) {
         if self.health == Health::Good {
             // A courtesy, for which nobody waits long.
-            self.stream.set_deadline(Instant::now() + Duration::from_millis(10));
-            let _ = self.stream.write_all(&protocol::request(Command::Disconnect, 0, 0, 0));
+            let stream = self.stream.get_mut();
+            stream.set_deadline(Instant::now() + Duration::from_millis(10));
+            let _ = stream.write_all(&protocol::request(Command::Disconnect, 0, 0, 0));
         }
     }
-}
-
-fn unavailable(endpoint: &Endpoint, fault: Fault) -> Error {
-    Error::new(Reason::VolumeUnavailable, format!("cannot open {endpoint}")).because(fault)
 }
 
 /// Gives time-outs and ends of the stream their own words.
 fn quiet(fault: Fault, patience: Duration) -> Fault {
+    use std::io::{Error, ErrorKind};
     match fault {
-        Fault::Transport(error) if error.kind() == std::io::ErrorKind::TimedOut => {
-            Fault::Silent(patience)
-        }
-        Fault::Transport(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-            Fault::Transport(std::io::Error::new(error.kind(), "the server closed the connection"))
+        Fault::Transport(error) if error.kind() == ErrorKind::TimedOut => Fault::Silent(patience),
+        Fault::Transport(error) if error.kind() == ErrorKind::UnexpectedEof => {
+            Fault::Transport(Error::new(error.kind(), "the server closed the connection"))
         }
         fault => fault,
     }
-}
-
-/// The fault under an error of a [`Client`], if it is one.
-#[must_use]
-pub fn fault(error: &Error) -> Option<&Fault> {
-    std::error::Error::source(error)?.downcast_ref()
 }

@@ -2,10 +2,7 @@
 
 use std::ops::Range;
 
-use super::{
-    client::{Client, Context},
-    map::Allocated,
-};
+use super::{client::Client, endpoint::Context, map::Allocated};
 use crate::{
     block::reconcile::{Saved, Snapshot},
     error::{Error, Reason, Result},

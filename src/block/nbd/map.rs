@@ -2,10 +2,7 @@
 
 use std::ops::{DerefMut, Range};
 
-use super::{
-    client::{Client, Context},
-    socket::Stream,
-};
+use super::{client::Client, endpoint::Context, socket::Stream};
 use crate::error::{Error, Reason, Result};
 
 /// How much of an export one request for its map covers: a length has 32
@@ -66,7 +63,8 @@ pub struct Extents<'a, T, B, S: Stream> {
 
 impl<B: DerefMut<Target = [u8]>, S: Stream> Client<B, S> {
     /// What `range` holds. No read may be under way while this is used. One
-    /// extent of data where the server has no maps.
+    /// extent of data where the server has no maps. Slow for a snapshot, which
+    /// is asked about 64 KiB at a time (see [`Guide`](super::Guide)).
     ///
     /// # Errors
     ///
@@ -115,7 +113,8 @@ where
             return Ok(());
         }
         let start = self.left.start;
-        let end = self.left.end.min(start.saturating_add(STEP));
+        let step = self.client.endpoint().role.boundary().unwrap_or(STEP);
+        let end = self.left.end.min((start - start % step).saturating_add(step));
         let descriptors = self.client.status(start..end)?;
         let mut at = start;
         self.told.extend(descriptors.into_iter().map(|descriptor| {

@@ -12,21 +12,24 @@ mod answer;
 mod client;
 #[cfg(test)]
 mod device_tests;
+mod endpoint;
 mod fault;
 mod live;
 mod map;
 mod negotiate;
 mod protocol;
 mod reader;
+mod request;
 mod socket;
 #[cfg(test)]
 mod tests;
 
 pub use self::{
-    client::{Client, Context, Endpoint, Finished, MAX_IN_FLIGHT, Role, fault},
+    client::{Client, Finished, MAX_IN_FLIGHT},
+    endpoint::{Context, Endpoint, Role, fault},
     fault::{Code, Fault, Violation},
     live::{ScratchExport, SnapshotExport},
     map::{Allocated, Content, Extents},
-    reader::{check_size, read_all},
+    reader::{Guide, check_size, read_all},
     socket::{Socket, Stream},
 };

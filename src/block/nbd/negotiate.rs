@@ -1,7 +1,7 @@
 //! The handshake: from a fresh connection to transmission.
 
 use super::{
-    client::Context,
+    endpoint::Context,
     fault::{Fault, Violation, printable},
     protocol::{self, Info, MAX_STRING, OptionKind, OptionReply},
     socket::Stream,

@@ -9,6 +9,7 @@
 
 use std::{
     iter::Peekable,
+    ops::Range,
     sync::mpsc::{self, Receiver, Sender, SyncSender, TrySendError},
     time::Duration,
 };
@@ -17,12 +18,15 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     client::{Client, Finished, MAX_IN_FLIGHT},
+    endpoint::Role,
+    live::ScratchExport,
     map::Content,
 };
 use crate::{
     block::{
-        map::{Map, Plan, Step, extents_to_read},
+        map::{Map, Plan, Step, everything, extents_to_read},
         reader::{EXTENT_LEN, Lent, ROOM_LATENCY, STOP_LATENCY},
+        reconcile::Saved as _,
     },
     error::{Error, Reason, Result},
     model::{ByteSize, image::EXTENT_SIZE},
@@ -33,6 +37,25 @@ use crate::{
 /// By how much an export may be longer than its volume: QEMU counts in
 /// sectors of so many bytes.
 const SECTOR: u64 = 512;
+
+/// How the reader knows what it need not read.
+#[derive(Debug)]
+pub enum Guide<'a> {
+    /// By the export's own map. A snapshot's is not asked for, because it can
+    /// be asked about 64 KiB at a time only: all of it is read, and what is
+    /// zeroes is still not sent through the socket.
+    Own,
+    /// A snapshot's zeroes by the map of what the guest sees now, less what
+    /// it has overwritten: what is zeroes, and was not written since the point
+    /// in time, was zeroes then (see [`reconcile`](crate::block::reconcile)).
+    Live {
+        /// An export of the filter itself, connected for
+        /// [`Context::Content`](super::Context::Content).
+        live: &'a mut Client,
+        /// What the filter saved.
+        scratch: &'a mut ScratchExport,
+    },
+}
 
 /// Reads all `size` bytes of a volume from its export, and sends them as
 /// [`HeldVolume::read`](crate::port::HeldVolume::read) promises: every extent
@@ -54,18 +77,24 @@ const SECTOR: u64 = 512;
 /// connected for [`Context::Content`](super::Context::Content).
 pub fn read_all(
     export: &mut Client,
+    guide: Guide<'_>,
     size: ByteSize,
     depth: u16,
     pieces: &SyncSender<Piece>,
     stop: &CancellationToken,
 ) -> Result<()> {
     check_size(export, size)?;
-    let Some(data) = data_of(export, size.get(), stop)? else {
-        return Err(stopped(export));
+    let data = match (guide, export.endpoint().role) {
+        (Guide::Live { live, scratch }, _) => {
+            check_size(live, size)?;
+            data_now(live, scratch, size.get(), stop)?
+        }
+        (Guide::Own, Role::Snapshot) => Some(everything(size.get())),
+        (Guide::Own, Role::Volume | Role::Scratch) => data_of(export, size.get(), stop)?,
     };
-    let data = data.into_ranges();
+    let Some(data) = data else { return Err(stopped(export)) };
     let depth = usize::from(depth).clamp(1, MAX_IN_FLIGHT);
-    // A small volume needs no more buffers than extents, and one to vouch.
+    // A small volume needs no more buffers than extents.
     let count = extents_to_read(size.get(), &data, depth).max(1);
     let (_, free) = Slab::cut(u16::try_from(count).unwrap_or(u16::MAX), EXTENT_LEN);
     let (home, returned) = mpsc::channel();
@@ -99,7 +128,11 @@ pub fn check_size(export: &Client, size: ByteSize) -> Result<()> {
 }
 
 /// Where the export has data; `None` after `stop`.
-fn data_of(export: &mut Client, size: u64, stop: &CancellationToken) -> Result<Option<Map>> {
+fn data_of(
+    export: &mut Client,
+    size: u64,
+    stop: &CancellationToken,
+) -> Result<Option<Vec<Range<u64>>>> {
     let mut data = Map::new();
     for extent in export.contents(0..size)? {
         let (range, content) = extent?;
@@ -110,7 +143,28 @@ fn data_of(export: &mut Client, size: u64, stop: &CancellationToken) -> Result<O
             data.push(range);
         }
     }
-    Ok(Some(data))
+    Ok(Some(data.into_ranges()))
+}
+
+/// Where the snapshot may have data: where the volume has some now, and where
+/// the scratch, asked afterwards, has saved something; `None` after `stop`.
+fn data_now(
+    live: &mut Client,
+    scratch: &mut ScratchExport,
+    size: u64,
+    stop: &CancellationToken,
+) -> Result<Option<Vec<Range<u64>>>> {
+    let Some(now) = data_of(live, size, stop)? else { return Ok(None) };
+    let mut ranges = scratch.saved(0..size)?;
+    ranges.extend(now);
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut data = Map::new();
+    let mut end = 0;
+    for range in ranges {
+        data.push(range.start.max(end)..range.end.max(end));
+        end = end.max(range.end);
+    }
+    Ok(Some(data.into_ranges()))
 }
 
 fn stopped(export: &Client) -> Error {

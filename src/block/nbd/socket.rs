@@ -41,6 +41,17 @@ pub trait Stream: Read + Write {
 pub struct Socket {
     stream: UnixStream,
     deadline: Instant,
+    limits: Limits,
+}
+
+/// Whether the socket's own time-outs were set since the deadline was. They
+/// are of a deadline's whole length: a wait may end as much later as the
+/// deadline was away, and costs no system call each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Limits {
+    Stale,
+    Read,
+    Write,
 }
 
 impl Socket {
@@ -56,7 +67,7 @@ impl Socket {
         let limit = TimeVal::new(seconds, limit.subsec_micros().into());
         setsockopt(&fd, SendTimeout, &limit)?;
         connect(fd.as_raw_fd(), &address).map_err(|error| timed_out(error.into()))?;
-        Ok(Self { stream: fd.into(), deadline })
+        Ok(Self { stream: fd.into(), deadline, limits: Limits::Stale })
     }
 }
 
@@ -73,14 +84,22 @@ fn timed_out(error: io::Error) -> io::Error {
 
 impl Read for Socket {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        self.stream.set_read_timeout(Some(left(self.deadline)?))?;
+        let left = left(self.deadline)?;
+        if self.limits != Limits::Read {
+            self.stream.set_read_timeout(Some(left))?;
+            self.limits = Limits::Read;
+        }
         self.stream.read(buf).map_err(timed_out)
     }
 }
 
 impl Write for Socket {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.stream.set_write_timeout(Some(left(self.deadline)?))?;
+        let left = left(self.deadline)?;
+        if self.limits != Limits::Write {
+            self.stream.set_write_timeout(Some(left))?;
+            self.limits = Limits::Write;
+        }
         self.stream.write(buf).map_err(timed_out)
     }
 
@@ -92,6 +111,7 @@ impl Write for Socket {
 impl Stream for Socket {
     fn set_deadline(&mut self, deadline: Instant) {
         self.deadline = deadline;
+        self.limits = Limits::Stale;
     }
 
     fn ready(&mut self, at_most: Duration) -> io::Result<bool> {

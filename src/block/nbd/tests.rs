@@ -132,7 +132,7 @@ fn shown(error: &Error) -> String {
 fn a_client_asks_for_what_it_needs_and_no_more() {
     let client = client(&[]);
     assert_eq!((client.size().get(), client.unit(), client.has_map()), (8192, 512, true));
-    let heard = String::from_utf8_lossy(&client.stream.heard).replace('\0', ".");
+    let heard = String::from_utf8_lossy(&client.stream.get_ref().heard).replace('\0', ".");
     insta::assert_snapshot!(heard.escape_default(), @r"...\u{3}IHAVEOPT...\u{8}....IHAVEOPT...\n...\u{1f}...\u{4}disk...\u{1}...\u{f}base:allocationIHAVEOPT...\u{7}...\u{c}...\u{4}disk.\u{1}.\u{3}");
 }
 
@@ -152,11 +152,11 @@ fn an_export_that_cannot_be_opened_is_named() {
     VOLUME_UNAVAILABLE: cannot open the NBD export "disk" at /run/vm/nbd.sock
       0: the server declines it: it has no such export: "export 'disk' not present"
     "#);
-    insta::assert_snapshot!(refused(&[hello.clone()], Then::Silence), @r#"
+    insta::assert_snapshot!(refused(std::slice::from_ref(&hello), Then::Silence), @r#"
     VOLUME_UNAVAILABLE: cannot open the NBD export "disk" at /run/vm/nbd.sock
       0: the server sent nothing for 0.05 seconds
     "#);
-    insta::assert_snapshot!(refused(&[hello.clone()], Then::End), @r#"
+    insta::assert_snapshot!(refused(std::slice::from_ref(&hello), Then::End), @r#"
     VOLUME_UNAVAILABLE: cannot open the NBD export "disk" at /run/vm/nbd.sock
       0: the server closed the connection
     "#);
@@ -295,12 +295,12 @@ fn what_the_protocol_forbids_ends_the_connection() {
 #[test]
 fn requests_that_do_not_fit_are_never_sent() {
     let mut client = client(&[]);
-    let sent = client.stream.heard.len();
+    let sent = client.stream.get_ref().heard.len();
     for (offset, range) in [(0, 0..0), (0, 0..513), (8192 - 511, 0..512), (u64::MAX, 0..512)] {
         let error = client.read(vec![0; 512], offset, range).unwrap_err();
         assert_eq!(error.reason(), Reason::Internal);
     }
-    assert_eq!(client.stream.heard.len(), sent);
+    assert_eq!(client.stream.get_ref().heard.len(), sent);
     for _ in 0..16 {
         client.read(vec![0; 512], 0, 0..512).unwrap();
     }
