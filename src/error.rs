@@ -112,6 +112,8 @@ reasons! {
     VolumeUnavailable = "VOLUME_UNAVAILABLE": Device,
     /// A read of the volume failed.
     ReadFailed = "READ_FAILED": Device,
+    /// The snapshot of a running instance's volume was given up.
+    SnapshotBroken = "SNAPSHOT_BROKEN": Device,
     /// The store has no room.
     StoreFull = "STORE_FULL": Store,
     /// The store cannot be reached, read or written.

@@ -35,7 +35,7 @@ impl Map {
     }
 
     /// Adds a range that begins at or after the end of the last one.
-    fn push(&mut self, range: Range<u64>) {
+    pub(super) fn push(&mut self, range: Range<u64>) {
         if range.is_empty() {
             return;
         }

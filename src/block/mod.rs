@@ -15,11 +15,13 @@ mod device_tests;
 mod hold;
 mod holder;
 mod map;
+pub mod nbd;
 mod open;
 mod procfs;
 mod qemu_lock;
 mod queue;
 mod reader;
+pub mod reconcile;
 #[cfg(test)]
 mod tests;
 mod writes;

@@ -61,12 +61,12 @@ impl Default for ReaderSettings {
 }
 
 /// How soon a waiting reader notices that it is to stop.
-const STOP_LATENCY: Duration = Duration::from_millis(100);
+pub(super) const STOP_LATENCY: Duration = Duration::from_millis(100);
 
 /// How soon a waiting reader notices that the consumer took a piece. The
 /// channel tells nobody; a millisecond is short against the reading of the
 /// extents that it then has buffered.
-const ROOM_LATENCY: Duration = Duration::from_millis(1);
+pub(super) const ROOM_LATENCY: Duration = Duration::from_millis(1);
 
 /// How often in a row reads may be interrupted or put off before it counts
 /// as an error.
@@ -74,7 +74,7 @@ const PATIENCE: u32 = 1000;
 
 /// Length of an extent as the buffers have it.
 #[allow(clippy::cast_possible_truncation, reason = "1 MiB fits every usize")]
-const EXTENT_LEN: usize = EXTENT_SIZE as usize;
+pub(super) const EXTENT_LEN: usize = EXTENT_SIZE as usize;
 
 /// Bytes in the larger steps of the search for an unreadable sector: few
 /// enough reads for an extent, and few sectors in each.
@@ -371,11 +371,11 @@ fn puts_off(error: &io::Error) -> bool {
 }
 
 /// A buffer on its way through the consumer; dropping it sends it home.
-struct Lent {
+pub(super) struct Lent {
     /// `None` only while it is dropped.
-    buffer: Option<Buffer>,
-    len: usize,
-    home: Sender<Buffer>,
+    pub(super) buffer: Option<Buffer>,
+    pub(super) len: usize,
+    pub(super) home: Sender<Buffer>,
 }
 
 impl AsRef<[u8]> for Lent {
