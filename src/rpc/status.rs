@@ -55,7 +55,9 @@ const fn code(reason: Reason) -> Code {
             ErrorKind::NotFound => Code::NotFound,
             ErrorKind::Busy => Code::FailedPrecondition,
             ErrorKind::Denied => Code::PermissionDenied,
-            ErrorKind::Device | ErrorKind::Store => Code::Unavailable,
+            ErrorKind::Device | ErrorKind::Store | ErrorKind::Hypervisor | ErrorKind::Guest => {
+                Code::Unavailable
+            }
             ErrorKind::Unsupported => Code::Unimplemented,
             ErrorKind::Cancelled => Code::Cancelled,
             ErrorKind::Internal => Code::Internal,
