@@ -9,7 +9,7 @@
 
 pub mod agent;
 mod allowed;
-mod lines;
+pub mod lines;
 mod qemu;
 pub mod qmp;
 mod recorder;

@@ -1,4 +1,6 @@
-//! An error that QEMU or the guest agent sent.
+//! An error that QEMU or the guest agent sent, and how errors are worded.
+
+use std::time::Duration;
 
 use serde::Deserialize;
 
@@ -50,6 +52,11 @@ pub(super) fn printable(text: &str) -> String {
         shown.push('…');
     }
     shown
+}
+
+/// How long was waited, for errors.
+pub(super) fn seconds(time: Duration) -> String {
+    format!("{:.1} s", time.as_secs_f64())
 }
 
 #[cfg(test)]

@@ -22,10 +22,11 @@ use super::{
     program::{GuestProcess, GuestProgram},
 };
 use crate::{
-    error::{Context, Error, Reason, Result},
+    error::{Cause, Context, Error, Reason, Result},
     hypervisor::{
         lines::{Lines, TooLong},
-        recorder::{Lane, Recorder},
+        recorder::Recorder,
+        refusal::seconds,
     },
     model::trace::{Channel, Kind},
 };
@@ -64,13 +65,13 @@ struct Link {
 /// Why an exchange failed.
 #[derive(Debug, thiserror::Error)]
 enum Broken {
-    #[error("{0}")]
+    #[error(transparent)]
     Io(#[from] io::Error),
     #[error("QEMU has closed the connection")]
     Closed,
-    #[error("it sent {0}")]
+    #[error(transparent)]
     TooLong(#[from] TooLong),
-    #[error("it sent {0}")]
+    #[error(transparent)]
     Malformed(#[from] Malformed),
 }
 
@@ -102,7 +103,7 @@ impl Agent {
     /// `GUEST_AGENT_DISABLED` when the agent does not know the command or was
     /// told not to run it.
     pub async fn ping(&self, deadline: Instant) -> Result<()> {
-        let Nothing {} = self.call(Call::GuestPing, deadline).await?;
+        let Nothing {} = self.call(Call::Ping, deadline).await?;
         Ok(())
     }
 
@@ -112,7 +113,7 @@ impl Agent {
     ///
     /// As [`ping`](Self::ping).
     pub async fn info(&self, deadline: Instant) -> Result<Info> {
-        self.call(Call::GuestInfo, deadline).await
+        self.call(Call::Info, deadline).await
     }
 
     /// The guest's operating system.
@@ -121,7 +122,7 @@ impl Agent {
     ///
     /// As [`ping`](Self::ping).
     pub async fn os_info(&self, deadline: Instant) -> Result<OsInfo> {
-        self.call(Call::GuestGetOsinfo, deadline).await
+        self.call(Call::GetOsinfo, deadline).await
     }
 
     /// The guest's name.
@@ -130,7 +131,7 @@ impl Agent {
     ///
     /// As [`ping`](Self::ping).
     pub async fn host_name(&self, deadline: Instant) -> Result<String> {
-        let HostName { host_name } = self.call(Call::GuestGetHostName, deadline).await?;
+        let HostName { host_name } = self.call(Call::GetHostName, deadline).await?;
         Ok(host_name)
     }
 
@@ -140,7 +141,7 @@ impl Agent {
     ///
     /// As [`ping`](Self::ping).
     pub async fn filesystems(&self, deadline: Instant) -> Result<Vec<Filesystem>> {
-        self.call(Call::GuestGetFsinfo, deadline).await
+        self.call(Call::GetFsinfo, deadline).await
     }
 
     /// Whether the agent has frozen the guest.
@@ -149,7 +150,7 @@ impl Agent {
     ///
     /// As [`ping`](Self::ping).
     pub async fn freeze_status(&self, deadline: Instant) -> Result<FreezeStatus> {
-        self.call(Call::GuestFsfreezeStatus, deadline).await
+        self.call(Call::FsfreezeStatus, deadline).await
     }
 
     /// Freezes the guest's filesystems; how many. Zero: none, and the guest
@@ -160,7 +161,7 @@ impl Agent {
     /// As [`ping`](Self::ping). After `GUEST_AGENT_REFUSED` and
     /// `GUEST_AGENT_UNAVAILABLE` this call has frozen nothing.
     pub async fn freeze(&self, deadline: Instant) -> Result<u32> {
-        self.call(Call::GuestFsfreezeFreeze, deadline).await
+        self.call(Call::FsfreezeFreeze, deadline).await
     }
 
     /// Thaws the guest's filesystems; how many. Less than were frozen:
@@ -171,7 +172,7 @@ impl Agent {
     ///
     /// As [`ping`](Self::ping).
     pub async fn thaw(&self, deadline: Instant) -> Result<u32> {
-        self.call(Call::GuestFsfreezeThaw, deadline).await
+        self.call(Call::FsfreezeThaw, deadline).await
     }
 
     /// Starts `program` in the guest. Impossible while the guest is frozen.
@@ -180,7 +181,7 @@ impl Agent {
     ///
     /// As [`ping`](Self::ping).
     pub async fn start(&self, program: GuestProgram, deadline: Instant) -> Result<GuestProcess> {
-        let Started { pid } = self.call(Call::GuestExec(program), deadline).await?;
+        let Started { pid } = self.call(Call::Exec(program), deadline).await?;
         Ok(GuestProcess(pid))
     }
 
@@ -191,7 +192,7 @@ impl Agent {
     ///
     /// As [`ping`](Self::ping).
     pub async fn status(&self, process: GuestProcess, deadline: Instant) -> Result<ExecStatus> {
-        self.call(Call::GuestExecStatus { pid: process }, deadline).await
+        self.call(Call::ExecStatus { pid: process }, deadline).await
     }
 
     /// Has the agent do `call`: gets in step if need be, sends, waits.
@@ -199,8 +200,12 @@ impl Agent {
         let purpose = call.purpose();
         let line = codec::encode(&call)
             .context(Reason::Internal, || format!("the agent was not asked to {purpose}"))?;
-        let unavailable = |why: String| {
-            let context = format!("no guest agent could be asked on {} to {purpose}", self.shown());
+        let begun = Instant::now();
+        let unavailable = |why: Cause| {
+            let context = match call {
+                Call::Ping => format!("no guest agent answers on {}", self.socket.display()),
+                _ => format!("no guest agent answers on {} to {purpose}", self.socket.display()),
+            };
             Error::new(Reason::GuestAgentUnavailable, context).because(why).advice(NO_ANSWER)
         };
         let held = timeout_at(deadline, self.link.lock()).await;
@@ -208,8 +213,11 @@ impl Agent {
             held.map_err(|_| unavailable("another command waits for its answer".into()))?;
         match timeout_at(deadline, self.in_step(&mut held)).await {
             Ok(Ok(())) => {}
-            Ok(Err(cause)) => return Err(unavailable(cause.to_string())),
-            Err(_) => return Err(unavailable("it did not answer in time".into())),
+            Ok(Err(cause)) => return Err(unavailable(cause.into())),
+            Err(_) => {
+                let why = format!("nothing came within {}", seconds(begun.elapsed()));
+                return Err(unavailable(why.into()));
+            }
         }
         let Some(link) = held.as_mut() else {
             return Err(unavailable("the connection is gone".into()));
@@ -233,12 +241,13 @@ impl Agent {
             Ok(Err(cause)) => {
                 self.recorder.note(format!("the agent's answer was lost: {cause}"));
                 *held = None;
-                let context = format!("the guest agent was asked to {purpose} and was lost");
+                let context = format!("the guest agent was lost while asked to {purpose}");
                 Err(Error::new(Reason::GuestAgentTimeout, context).because(cause))
             }
             Err(_) => {
                 self.recorder.note(format!("{} was not answered in time", call.name()));
-                let context = format!("the guest agent did not {purpose} in time");
+                let waited = seconds(begun.elapsed());
+                let context = format!("the guest agent did not {purpose} within {waited}");
                 Err(Error::new(Reason::GuestAgentTimeout, context))
             }
         }
@@ -259,7 +268,7 @@ impl Agent {
             return Ok(());
         }
         let id = random_id()?;
-        let call = Call::GuestSyncDelimited { id };
+        let call = Call::SyncDelimited { id };
         let line = codec::encode(&call).map_err(io::Error::other)?;
         self.record(Kind::Command, &call, call.recorded());
         match link.sync(&line, id).await {
@@ -276,12 +285,7 @@ impl Agent {
     }
 
     fn record(&self, kind: Kind, call: &Call, data: Option<serde_json::Value>) {
-        let lane: Lane = call.lane();
-        self.recorder.record(lane, Channel::Agent, kind, call.name(), None, data);
-    }
-
-    fn shown(&self) -> std::path::Display<'_> {
-        self.socket.display()
+        self.recorder.record(call.lane(), Channel::Agent, kind, call.name(), None, data);
     }
 }
 

@@ -81,7 +81,7 @@ pub(super) fn encode(call: &Call) -> Result<Vec<u8>, NotAllowed> {
     let Some(_) = allowed::find(ALLOWED, call.name()) else { return Err(refused) };
     let mut line = match call {
         // Has the agent forget what an earlier client has sent half.
-        Call::GuestSyncDelimited { .. } => vec![SENTINEL],
+        Call::SyncDelimited { .. } => vec![SENTINEL],
         _ => Vec::new(),
     };
     // Nothing in a call fails to be written: no maps, no foreign types.

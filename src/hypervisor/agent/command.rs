@@ -36,27 +36,32 @@ pub const ALLOWED: &[Allowed] = &[
     Allowed { name: "guest-exec-status", why: "whether the fuse has blown" },
 ];
 
-/// The commands as they are encoded: `execute` is the variant's name.
+/// The commands as they are encoded.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "execute", content = "arguments")]
-#[serde(rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 pub(super) enum Call {
-    GuestSyncDelimited {
-        id: u32,
-    },
-    GuestPing,
-    GuestInfo,
-    GuestGetOsinfo,
-    GuestGetHostName,
-    GuestGetFsinfo,
-    GuestFsfreezeStatus,
-    GuestFsfreezeFreeze,
-    GuestFsfreezeThaw,
-    #[serde(serialize_with = "exec")]
-    GuestExec(GuestProgram),
-    GuestExecStatus {
-        pid: GuestProcess,
-    },
+    #[serde(rename = "guest-sync-delimited")]
+    SyncDelimited { id: u32 },
+    #[serde(rename = "guest-ping")]
+    Ping,
+    #[serde(rename = "guest-info")]
+    Info,
+    #[serde(rename = "guest-get-osinfo")]
+    GetOsinfo,
+    #[serde(rename = "guest-get-host-name")]
+    GetHostName,
+    #[serde(rename = "guest-get-fsinfo")]
+    GetFsinfo,
+    #[serde(rename = "guest-fsfreeze-status")]
+    FsfreezeStatus,
+    #[serde(rename = "guest-fsfreeze-freeze")]
+    FsfreezeFreeze,
+    #[serde(rename = "guest-fsfreeze-thaw")]
+    FsfreezeThaw,
+    #[serde(rename = "guest-exec", serialize_with = "exec")]
+    Exec(GuestProgram),
+    #[serde(rename = "guest-exec-status")]
+    ExecStatus { pid: GuestProcess },
 }
 
 fn exec<S: serde::Serializer>(program: &GuestProgram, to: S) -> Result<S::Ok, S::Error> {
@@ -74,42 +79,40 @@ impl Call {
     /// Its name on the wire.
     pub(super) const fn name(&self) -> &'static str {
         match self {
-            Self::GuestSyncDelimited { .. } => "guest-sync-delimited",
-            Self::GuestPing => "guest-ping",
-            Self::GuestInfo => "guest-info",
-            Self::GuestGetOsinfo => "guest-get-osinfo",
-            Self::GuestGetHostName => "guest-get-host-name",
-            Self::GuestGetFsinfo => "guest-get-fsinfo",
-            Self::GuestFsfreezeStatus => "guest-fsfreeze-status",
-            Self::GuestFsfreezeFreeze => "guest-fsfreeze-freeze",
-            Self::GuestFsfreezeThaw => "guest-fsfreeze-thaw",
-            Self::GuestExec(_) => "guest-exec",
-            Self::GuestExecStatus { .. } => "guest-exec-status",
+            Self::SyncDelimited { .. } => "guest-sync-delimited",
+            Self::Ping => "guest-ping",
+            Self::Info => "guest-info",
+            Self::GetOsinfo => "guest-get-osinfo",
+            Self::GetHostName => "guest-get-host-name",
+            Self::GetFsinfo => "guest-get-fsinfo",
+            Self::FsfreezeStatus => "guest-fsfreeze-status",
+            Self::FsfreezeFreeze => "guest-fsfreeze-freeze",
+            Self::FsfreezeThaw => "guest-fsfreeze-thaw",
+            Self::Exec(_) => "guest-exec",
+            Self::ExecStatus { .. } => "guest-exec-status",
         }
     }
 
     /// What it does, to follow "the guest agent refused to".
     pub(super) fn purpose(&self) -> String {
         match self {
-            Self::GuestSyncDelimited { .. } | Self::GuestPing => "answer".into(),
-            Self::GuestInfo => "say what it can do".into(),
-            Self::GuestGetOsinfo => "name the guest's operating system".into(),
-            Self::GuestGetHostName => "name the guest".into(),
-            Self::GuestGetFsinfo => "list the guest's filesystems".into(),
-            Self::GuestFsfreezeStatus => "say whether the guest is frozen".into(),
-            Self::GuestFsfreezeFreeze => "freeze the guest's filesystems".into(),
-            Self::GuestFsfreezeThaw => "thaw the guest's filesystems".into(),
-            Self::GuestExec(program) => format!("start {} in the guest", program.name()),
-            Self::GuestExecStatus { pid } => format!("tell of the guest's process {}", pid.0),
+            Self::SyncDelimited { .. } | Self::Ping => "answer".into(),
+            Self::Info => "say what it can do".into(),
+            Self::GetOsinfo => "name the guest's operating system".into(),
+            Self::GetHostName => "name the guest".into(),
+            Self::GetFsinfo => "list the guest's filesystems".into(),
+            Self::FsfreezeStatus => "say whether the guest is frozen".into(),
+            Self::FsfreezeFreeze => "freeze the guest's filesystems".into(),
+            Self::FsfreezeThaw => "thaw the guest's filesystems".into(),
+            Self::Exec(program) => format!("start {} in the guest", program.name()),
+            Self::ExecStatus { pid } => format!("tell of the guest's process {}", pid.0),
         }
     }
 
     /// Where it and its answer are recorded.
     pub(super) const fn lane(&self) -> Lane {
         match self {
-            Self::GuestFsfreezeFreeze | Self::GuestFsfreezeThaw | Self::GuestExec(_) => {
-                Lane::Commands
-            }
+            Self::FsfreezeFreeze | Self::FsfreezeThaw | Self::Exec(_) => Lane::Commands,
             _ => Lane::Queries,
         }
     }
@@ -117,7 +120,7 @@ impl Call {
     /// Its arguments as they may be recorded: of a program, which one it is.
     pub(super) fn recorded(&self) -> Option<serde_json::Value> {
         match self {
-            Self::GuestExec(program) => serde_json::to_value(program).ok(),
+            Self::Exec(program) => serde_json::to_value(program).ok(),
             other => Some(serde_json::to_value(other).ok()?.get_mut("arguments")?.take()),
         }
     }
@@ -126,10 +129,10 @@ impl Call {
     /// guest has said.
     pub(super) const fn keep(&self) -> Keep {
         match self {
-            Self::GuestInfo => Keep::Members(&["version"]),
-            Self::GuestExec(_) => Keep::Members(&["pid"]),
-            Self::GuestExecStatus { .. } => Keep::Members(&["exited", "exitcode", "signal"]),
-            Self::GuestGetFsinfo => Keep::Members(&["mountpoint", "name", "type"]),
+            Self::Info => Keep::Members(&["version"]),
+            Self::Exec(_) => Keep::Members(&["pid"]),
+            Self::ExecStatus { .. } => Keep::Members(&["exited", "exitcode", "signal"]),
+            Self::GetFsinfo => Keep::Members(&["mountpoint", "name", "type"]),
             _ => Keep::All,
         }
     }
@@ -146,18 +149,18 @@ pub(super) mod tests {
     pub fn samples() -> Vec<Call> {
         let after_seconds = NonZeroU32::new(30).unwrap();
         vec![
-            Call::GuestSyncDelimited { id: 7 },
-            Call::GuestPing,
-            Call::GuestInfo,
-            Call::GuestGetOsinfo,
-            Call::GuestGetHostName,
-            Call::GuestGetFsinfo,
-            Call::GuestFsfreezeStatus,
-            Call::GuestFsfreezeFreeze,
-            Call::GuestFsfreezeThaw,
-            Call::GuestExec(GuestProgram::ThawFuse { after_seconds }),
-            Call::GuestExec(GuestProgram::DisarmFuse { process: GuestProcess(42) }),
-            Call::GuestExecStatus { pid: GuestProcess(42) },
+            Call::SyncDelimited { id: 7 },
+            Call::Ping,
+            Call::Info,
+            Call::GetOsinfo,
+            Call::GetHostName,
+            Call::GetFsinfo,
+            Call::FsfreezeStatus,
+            Call::FsfreezeFreeze,
+            Call::FsfreezeThaw,
+            Call::Exec(GuestProgram::ThawFuse { after_seconds }),
+            Call::Exec(GuestProgram::DisarmFuse { process: GuestProcess(42) }),
+            Call::ExecStatus { pid: GuestProcess(42) },
         ]
     }
 

@@ -149,7 +149,10 @@ async fn a_late_answer_is_never_taken_for_the_next() {
     });
     let agent = lab.connect(later()).await.unwrap();
     let error = agent.freeze(soon()).await.unwrap_err();
-    insta::assert_snapshot!(lab.report(&error), @"");
+    insta::assert_snapshot!(lab.report(&error), @r#"
+    GUEST_AGENT_TIMEOUT
+    the guest agent did not freeze the guest's filesystems within 0.2 s
+    "#);
     assert_eq!(agent.thaw(later()).await.unwrap(), 5);
     lab.finish().await;
 }
@@ -217,7 +220,11 @@ async fn a_connection_that_ends_is_made_anew() {
     // Let the end arrive.
     tokio::time::sleep(Duration::from_millis(50)).await;
     let error = agent.thaw(later()).await.unwrap_err();
-    insta::assert_snapshot!(lab.report(&error), @"");
+    insta::assert_snapshot!(lab.report(&error), @r#"
+    GUEST_AGENT_TIMEOUT
+    the guest agent was lost while asked to thaw the guest's filesystems
+      0: QEMU has closed the connection
+    "#);
     assert_eq!(agent.thaw(later()).await.unwrap(), 0);
     lab.finish().await;
 }
@@ -227,7 +234,9 @@ async fn a_giant_answer_is_skipped_not_kept() {
     let lab = Lab::new(async |mut peer: Peer| {
         peer.connected().await;
         peer.expect("guest-get-fsinfo").await;
-        peer.send(&vec![b'['; 3 << 20]).await;
+        // The client hangs up before the end.
+        let giant = vec![b'['; 3 << 20];
+        peer.stream().await.get_mut().write_all(&giant).await.unwrap_err();
         peer.stream = None;
         let id = peer.sync().await;
         peer.send(&vec![b'['; 3 << 20]).await;
@@ -238,7 +247,11 @@ async fn a_giant_answer_is_skipped_not_kept() {
     });
     let agent = lab.connect(later()).await.unwrap();
     let error = agent.filesystems(later()).await.unwrap_err();
-    insta::assert_snapshot!(lab.report(&error), @"");
+    insta::assert_snapshot!(lab.report(&error), @r#"
+    GUEST_AGENT_TIMEOUT
+    the guest agent was lost while asked to list the guest's filesystems
+      0: a message of more than 1048576 bytes
+    "#);
     agent.ping(later()).await.unwrap();
     lab.peer.abort();
 }
@@ -277,7 +290,11 @@ async fn refusals_tell_disabled_from_frozen() {
     assert_eq!(disabled.reason(), Reason::GuestAgentDisabled);
     let frozen = agent.os_info(later()).await.unwrap_err();
     assert_eq!(frozen.reason(), Reason::GuestAgentRefused);
-    insta::assert_snapshot!(lab.report(&agent.freeze(later()).await.unwrap_err()), @"");
+    insta::assert_snapshot!(lab.report(&agent.freeze(later()).await.unwrap_err()), @r#"
+    GUEST_AGENT_REFUSED
+    the guest agent refused to freeze the guest's filesystems
+      0: hook [2J failed (GenericError)
+    "#);
     lab.finish().await;
 }
 
@@ -287,12 +304,22 @@ async fn no_agent_is_told_as_such() {
         peer.sync().await;
         std::future::pending().await
     });
-    insta::assert_snapshot!(lab.report(&lab.connect(soon()).await.unwrap_err()), @"");
+    insta::assert_snapshot!(lab.report(&lab.connect(soon()).await.unwrap_err()), @r#"
+    GUEST_AGENT_UNAVAILABLE
+    no guest agent answers on /run/web-1/agent
+      0: nothing came within 0.2 s
+      help: see that the agent runs in the guest (qemu-guest-agent), and that no other program is connected to its socket: QEMU serves one at a time; or ask for a crash-consistent image
+    "#);
     lab.peer.abort();
 
     let none = Lab::new(async |peer: Peer| drop(peer));
     tokio::time::sleep(Duration::from_millis(20)).await;
-    insta::assert_snapshot!(none.report(&none.connect(soon()).await.unwrap_err()), @"");
+    insta::assert_snapshot!(none.report(&none.connect(soon()).await.unwrap_err()), @r#"
+    GUEST_AGENT_UNAVAILABLE
+    no guest agent answers on /run/web-1/agent
+      0: Connection refused (os error 111)
+      help: see that the agent runs in the guest (qemu-guest-agent), and that no other program is connected to its socket: QEMU serves one at a time; or ask for a crash-consistent image
+    "#);
 }
 
 #[tokio::test]

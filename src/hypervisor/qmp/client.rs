@@ -4,7 +4,6 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
-    time::Duration,
 };
 
 use serde::de::DeserializeOwned;
@@ -24,7 +23,7 @@ use super::{
 };
 use crate::{
     error::{Context, Error, Reason, Result},
-    hypervisor::{Refusal, recorder::Recorder},
+    hypervisor::{Refusal, recorder::Recorder, refusal::seconds},
     sys::peer,
 };
 
@@ -51,7 +50,8 @@ pub struct Qmp {
     version: Version,
     process: Option<u32>,
     asks: mpsc::Sender<Ask>,
-    events: broadcast::Sender<Event>,
+    /// Weak: observers learn of the end when the connection lets go of it.
+    events: broadcast::WeakSender<Event>,
     ended: Arc<OnceLock<Ended>>,
     task: JoinHandle<()>,
     /// Held from looking at a device's node until it is changed.
@@ -137,14 +137,15 @@ impl Qmp {
 
         let (asks, receiver) = mpsc::channel(ASKS);
         let events = broadcast::Sender::new(EVENTS);
+        let observers = events.downgrade();
         let ended = Arc::new(OnceLock::new());
-        let connection = Connection::new(recorder, receiver, events.clone(), Arc::clone(&ended));
+        let connection = Connection::new(recorder, receiver, events, Arc::clone(&ended));
         let qmp = Self {
             socket: socket.to_owned(),
             version,
             process,
             asks,
-            events,
+            events: observers,
             ended,
             task: tokio::spawn(connection.run(stream)),
             switching: Mutex::new(()),
@@ -283,7 +284,11 @@ impl Qmp {
     /// What happens from now on.
     #[must_use]
     pub fn events(&self) -> Events {
-        Events { receiver: self.events.subscribe(), ended: Arc::clone(&self.ended) }
+        let receiver = match self.events.upgrade() {
+            Some(events) => events.subscribe(),
+            None => broadcast::channel(1).1,
+        };
+        Events { receiver, ended: Arc::clone(&self.ended) }
     }
 
     /// Which QEMU it is.
@@ -323,10 +328,6 @@ fn over(ended: &OnceLock<Ended>, context: String) -> Error {
     Error::new(reason, context).because(ended)
 }
 
-fn seconds(time: Duration) -> String {
-    format!("{:.1} s", time.as_secs_f64())
-}
-
 /// A view of what happens in a QEMU, from when it was asked for.
 #[derive(Debug)]
 pub struct Events {
@@ -338,7 +339,7 @@ pub struct Events {
 #[derive(Debug)]
 pub enum Observed {
     /// This happened.
-    Event(Event),
+    Event(Box<Event>),
     /// So many events came faster than they were looked at. What they said
     /// is unknown: ask for the state of what matters.
     Missed(u64),
@@ -351,7 +352,7 @@ impl Events {
     /// future loses nothing.
     pub async fn next(&mut self) -> Observed {
         match self.receiver.recv().await {
-            Ok(event) => Observed::Event(event),
+            Ok(event) => Observed::Event(event.into()),
             Err(broadcast::error::RecvError::Lagged(missed)) => Observed::Missed(missed),
             Err(broadcast::error::RecvError::Closed) => {
                 Observed::Ended(over(&self.ended, "QEMU can no longer be observed".into()))

@@ -56,7 +56,7 @@ pub(super) enum Ended {
     Closed,
     #[error("{0}")]
     Io(Arc<io::Error>),
-    #[error("{0}")]
+    #[error(transparent)]
     TooLong(#[from] TooLong),
     #[error("{0}")]
     Malformed(Arc<Malformed>),

@@ -95,7 +95,11 @@ async fn commands_are_answered_and_recorded() {
     let node = "imaged-a".parse().unwrap();
     let error = qmp.execute(Command::delete_node(node), later()).await.unwrap_err();
     assert_eq!(Refusal::behind(&error).unwrap().class, "GenericError");
-    insta::assert_snapshot!(report(&error), @"");
+    insta::assert_snapshot!(report(&error), @r#"
+    HYPERVISOR_REFUSED
+    QEMU 7.2.22 refused to remove the node imaged-a
+      0: Node imaged-a is in use (GenericError)
+    "#);
     peer.await.unwrap();
     let kinds: Vec<_> = recorder
         .trace()
@@ -132,7 +136,8 @@ async fn a_late_answer_is_not_taken_for_another() {
     let status = qmp.execute(Command::query_status(), later()).await.unwrap();
     assert_eq!(status.status, "paused");
     peer.await.unwrap();
-    let late = recorder.trace().entries.into_iter().any(|e| e.kind == Kind::Answer && e.name == "stop");
+    let late =
+        recorder.trace().entries.into_iter().any(|e| e.kind == Kind::Answer && e.name == "stop");
     assert!(late, "the late answer is in the recording");
 }
 
@@ -149,7 +154,11 @@ async fn death_in_the_middle_wakes_every_waiter() {
         qmp.execute(Command::query_jobs(), later()),
     );
     assert_eq!(jobs.unwrap_err().reason(), Reason::HypervisorGone);
-    insta::assert_snapshot!(report(&stop.unwrap_err()), @"");
+    insta::assert_snapshot!(report(&stop.unwrap_err()), @r#"
+    HYPERVISOR_GONE
+    QEMU can no longer stop the virtual CPUs
+      0: QEMU has closed the connection
+    "#);
     let after = qmp.execute(Command::cont(), later()).await.unwrap_err();
     assert_eq!(after.reason(), Reason::HypervisorGone);
     let Observed::Ended(error) = events.next().await else { panic!() };
@@ -172,7 +181,11 @@ async fn a_giant_message_ends_the_session_not_the_memory() {
     })
     .await;
     let error = qmp.execute(Command::query_jobs(), later()).await.unwrap_err();
-    insta::assert_snapshot!(report(&error), @"");
+    insta::assert_snapshot!(report(&error), @r#"
+    HYPERVISOR_UNAVAILABLE
+    QEMU can no longer list the jobs
+      0: a message of more than 4194304 bytes
+    "#);
     drop(qmp);
     peer.await.unwrap();
 }
@@ -182,10 +195,12 @@ async fn a_flood_of_events_neither_blocks_nor_hides() {
     let (qmp, recorder, peer) = session(async |mut peer: Peer| {
         let id = peer.expect("query-jobs").await;
         for _ in 0..1000 {
-            peer.say(r#"{"event": "RESET", "data": {"guest": true, "reason": "guest-reset"}}"#).await;
+            peer.say(r#"{"event": "RESET", "data": {"guest": true, "reason": "guest-reset"}}"#)
+                .await;
             peer.say(r#"{"event": "RTC_CHANGE", "data": {"offset": 1}}"#).await;
         }
-        peer.say(r#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}}"#).await;
+        peer.say(r#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}}"#)
+            .await;
         peer.done(id, "[]").await;
         peer.expect("cont").await;
     })
@@ -224,7 +239,9 @@ async fn a_peer_that_does_not_read_costs_no_more_than_deadlines() {
 
 #[tokio::test]
 async fn what_is_no_qmp_ends_the_session() {
-    for odd in ["SSH-2.0", r#"{"return": {}}"#, r#"{"error": {"class": "c", "desc": "d"}}"#, GREETING] {
+    for odd in
+        ["SSH-2.0", r#"{"return": {}}"#, r#"{"error": {"class": "c", "desc": "d"}}"#, GREETING]
+    {
         let (qmp, _, peer) = session(async move |mut peer: Peer| {
             peer.expect("cont").await;
             peer.say(odd).await;
@@ -261,7 +278,11 @@ async fn a_monitor_that_another_has_is_told_as_such() {
     let _listener = UnixListener::bind(&path).unwrap();
     let error = Qmp::connect(&path, Arc::default(), soon()).await.unwrap_err();
     let text = report(&error).replace(path.to_str().unwrap(), "/run/web-1/qmp");
-    insta::assert_snapshot!(text, @"");
+    insta::assert_snapshot!(text, @r#"
+    HYPERVISOR_BUSY
+    QEMU did not greet on /run/web-1/qmp within 0.2 s
+      help: QEMU serves one client at a time: end the other one (libvirt, a backup tool, a second imaged), or give the instance a QMP socket of imaged's own; `ss -xp` shows who is connected
+    "#);
 }
 
 #[tokio::test]
@@ -272,7 +293,11 @@ async fn nobody_there_means_gone() {
     drop(UnixListener::bind(&path).unwrap());
     let error = Qmp::connect(&path, Arc::default(), later()).await.unwrap_err();
     let text = report(&error).replace(path.to_str().unwrap(), "/run/web-1/qmp");
-    insta::assert_snapshot!(text, @"");
+    insta::assert_snapshot!(text, @r#"
+    HYPERVISOR_GONE
+    QEMU cannot be reached on /run/web-1/qmp
+      0: Connection refused (os error 111)
+    "#);
 }
 
 /// What happens when a device has `has` and is to have `to` instead of `from`.
@@ -303,7 +328,11 @@ async fn a_device_is_never_given_the_node_that_it_has() {
     assert_eq!(switch("imaged-f", "boot", "imaged-f").await.unwrap(), Switch::AlreadyThere);
     assert_eq!(switch("boot", "boot", "boot").await.unwrap(), Switch::AlreadyThere);
     let error = switch("other", "boot", "imaged-f").await.unwrap_err();
-    insta::assert_snapshot!(report(&error), @"");
+    insta::assert_snapshot!(report(&error), @r#"
+    HYPERVISOR_REFUSED
+    the device /machine/peripheral/d was not given the node imaged-f
+      0: it has the node other instead of boot
+    "#);
 }
 
 #[tokio::test]
@@ -325,6 +354,9 @@ async fn the_server_of_others_is_not_stopped() {
     .await;
     assert_eq!(qmp.stop_nbd_server(later()).await.unwrap(), ServerStop::AlreadyStopped);
     let error = qmp.stop_nbd_server(later()).await.unwrap_err();
-    insta::assert_snapshot!(report(&error), @"");
+    insta::assert_snapshot!(report(&error), @r#"
+    HYPERVISOR_REFUSED
+    QEMU's NBD server was not ended: it also serves "backup", which is not imaged's
+    "#);
     peer.await.unwrap();
 }
