@@ -134,8 +134,8 @@ reasons! {
     HypervisorUnavailable = "HYPERVISOR_UNAVAILABLE": Hypervisor,
     /// No guest agent answers.
     GuestAgentUnavailable = "GUEST_AGENT_UNAVAILABLE": Guest,
-    /// The guest agent did not do in time what it was asked for, and may do
-    /// it yet.
+    /// The guest agent did not say in time whether it did what it was asked
+    /// for, and may do it yet.
     GuestAgentTimeout = "GUEST_AGENT_TIMEOUT": Guest,
     /// The guest agent refused what it was asked for.
     GuestAgentRefused = "GUEST_AGENT_REFUSED": Guest,

@@ -50,6 +50,10 @@ const fn code(reason: Reason) -> Code {
         // Another work request is in the way: the same call succeeds later.
         Reason::SourceLocked | Reason::ImageLocked => Code::Aborted,
         Reason::ImageCorrupt => Code::DataLoss,
+        // They work, and said no.
+        Reason::HypervisorRefused | Reason::GuestAgentRefused | Reason::GuestAgentDisabled => {
+            Code::FailedPrecondition
+        }
         other => match other.kind() {
             ErrorKind::InvalidRequest => Code::InvalidArgument,
             ErrorKind::NotFound => Code::NotFound,
@@ -143,12 +147,22 @@ mod tests {
         IMAGE_LOCKED: Aborted
         TOO_MANY_REQUESTS: ResourceExhausted
         DAEMON_RUNNING: FailedPrecondition
+        HYPERVISOR_BUSY: FailedPrecondition
         PERMISSION_DENIED: PermissionDenied
         VOLUME_UNAVAILABLE: Unavailable
         READ_FAILED: Unavailable
         STORE_FULL: ResourceExhausted
         STORE_UNAVAILABLE: Unavailable
         IMAGE_CORRUPT: DataLoss
+        HYPERVISOR_GONE: Unavailable
+        HYPERVISOR_TIMEOUT: Unavailable
+        HYPERVISOR_REFUSED: FailedPrecondition
+        HYPERVISOR_UNAVAILABLE: Unavailable
+        GUEST_AGENT_UNAVAILABLE: Unavailable
+        GUEST_AGENT_TIMEOUT: Unavailable
+        GUEST_AGENT_REFUSED: FailedPrecondition
+        GUEST_AGENT_DISABLED: FailedPrecondition
+        HYPERVISOR_UNSUPPORTED: Unimplemented
         INSTANCE_RUNNING: Unimplemented
         CANCELED: Cancelled
         DAEMON_STOPPED: Cancelled

@@ -97,8 +97,8 @@ impl Agent {
     ///
     /// As all others: `GUEST_AGENT_UNAVAILABLE` when there is no connection or
     /// the agent does not get in step, so nothing was sent;
-    /// `GUEST_AGENT_TIMEOUT` when it was sent and not answered, so it may
-    /// still be done; `GUEST_AGENT_REFUSED` with the agent's own words (a
+    /// `GUEST_AGENT_TIMEOUT` when it was sent and not answered in a way that
+    /// can be understood, so it may have been done or may still be; `GUEST_AGENT_REFUSED` with the agent's own words (a
     /// [`Refusal`](crate::hypervisor::Refusal)) as the cause;
     /// `GUEST_AGENT_DISABLED` when the agent does not know the command or was
     /// told not to run it.
@@ -290,7 +290,8 @@ impl Agent {
 }
 
 fn read<A: DeserializeOwned>(value: &RawValue, purpose: &str) -> Result<A> {
-    serde_json::from_str(value.get()).context(Reason::GuestAgentRefused, || {
+    // It was done, whatever it was: refused would say that it was not.
+    serde_json::from_str(value.get()).context(Reason::GuestAgentTimeout, || {
         format!("the guest agent was asked to {purpose} and gave an odd answer")
     })
 }

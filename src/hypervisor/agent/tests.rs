@@ -299,6 +299,19 @@ async fn refusals_tell_disabled_from_frozen() {
 }
 
 #[tokio::test]
+async fn an_odd_answer_is_no_refusal() {
+    let lab = Lab::new(async |mut peer: Peer| {
+        peer.connected().await;
+        peer.expect("guest-fsfreeze-freeze").await;
+        peer.say(r#"{"return": -1}"#).await;
+    });
+    let agent = lab.connect(later()).await.unwrap();
+    let error = agent.freeze(later()).await.unwrap_err();
+    assert_eq!(error.reason(), Reason::GuestAgentTimeout, "the guest may be frozen: {error:?}");
+    lab.finish().await;
+}
+
+#[tokio::test]
 async fn no_agent_is_told_as_such() {
     let lab = Lab::new(async |mut peer: Peer| {
         peer.sync().await;
