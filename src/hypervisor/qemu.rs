@@ -2,12 +2,9 @@
 
 use std::{io, os::unix::fs::FileTypeExt, path::Path, time::Duration};
 
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
-    net::UnixStream,
-    time::timeout,
-};
+use tokio::time::timeout;
 
+use super::qmp::{self, NoGreeting};
 use crate::{
     model::instance::{Instance, PowerState},
     port::{BoxFuture, Hypervisor},
@@ -16,9 +13,6 @@ use crate::{
 /// A QEMU that is alive greets within milliseconds; a loaded host is given
 /// this long, and a caller that lists many instances is not kept longer.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// Greetings have some hundred bytes. What sends more is not QEMU.
-const MAX_GREETING: u64 = 64 << 10;
 
 /// The instances of a host that plain QEMU runs.
 ///
@@ -43,19 +37,22 @@ impl Hypervisor for QemuHost {
     }
 }
 
+/// Greets and goes: QEMU serves one client at a time, so its monitor is held
+/// for no longer than a greeting takes.
 async fn probe(socket: &Path, patience: Duration) -> PowerState {
     let unknown = |why: &dyn std::fmt::Display| {
         PowerState::Unknown(format!("the QMP socket {} {why}", socket.display()))
     };
-    match timeout(patience, greeting(socket)).await {
-        Ok(Ok(Greeting::Qmp)) => PowerState::Running,
-        Ok(Ok(Greeting::Other)) => unknown(&"is served by something that does not speak QMP"),
-        Ok(Ok(Greeting::Closed)) => unknown(&"was closed before a greeting"),
-        // QEMU serves one client at a time and lets others wait in the
-        // backlog, or is too busy to greet. Somebody listens either way, and
-        // taking a running instance for stopped is the mistake that harms.
+    match timeout(patience, qmp::greet(socket)).await {
+        Ok(Ok(_)) => PowerState::Running,
+        Ok(Err(NoGreeting::NotQmp)) => unknown(&"is served by something that does not speak QMP"),
+        Ok(Err(NoGreeting::Closed)) => unknown(&"was closed before a greeting"),
+        Ok(Err(NoGreeting::Read(cause))) => unknown(&format_args!("cannot be asked: {cause}")),
+        // QEMU lets other clients wait in the backlog, or is too busy to
+        // greet. Somebody listens either way, and taking a running instance
+        // for stopped is the mistake that harms.
         Err(_) => PowerState::Running,
-        Ok(Err(cause)) => match cause.kind() {
+        Ok(Err(NoGreeting::Connect(cause))) => match cause.kind() {
             io::ErrorKind::NotFound => PowerState::Stopped,
             // The kernel's answer for a plain file, too.
             io::ErrorKind::ConnectionRefused => match tokio::fs::metadata(socket).await {
@@ -67,30 +64,6 @@ async fn probe(socket: &Path, patience: Duration) -> PowerState {
             _ => unknown(&format_args!("cannot be asked: {cause}")),
         },
     }
-}
-
-enum Greeting {
-    Qmp,
-    Other,
-    Closed,
-}
-
-async fn greeting(socket: &Path) -> io::Result<Greeting> {
-    let stream = UnixStream::connect(socket).await?;
-    let mut line = Vec::new();
-    match BufReader::new(stream.take(MAX_GREETING)).read_until(b'\n', &mut line).await {
-        Ok(0) => return Ok(Greeting::Closed),
-        Ok(_) => {}
-        Err(cause) if cause.kind() == io::ErrorKind::ConnectionReset => {
-            return Ok(Greeting::Closed);
-        }
-        Err(cause) => return Err(cause),
-    }
-    let value: Option<serde_json::Value> = serde_json::from_slice(&line).ok();
-    Ok(match value.is_some_and(|value| value.get("QMP").is_some()) {
-        true => Greeting::Qmp,
-        false => Greeting::Other,
-    })
 }
 
 #[cfg(test)]
