@@ -102,6 +102,8 @@ reasons! {
     StoreNotFound = "STORE_NOT_FOUND": NotFound,
     /// Something uses the volume.
     VolumeHeld = "VOLUME_HELD": Busy,
+    /// Something stands against a snapshot of the instance.
+    SnapshotRefused = "SNAPSHOT_REFUSED": Busy,
     /// A work request holds the instance or volume.
     SourceLocked = "SOURCE_LOCKED": Busy,
     /// A work request holds the image.

@@ -99,6 +99,18 @@ pub(super) fn everything(size: u64) -> Vec<Range<u64>> {
     map.into_ranges()
 }
 
+/// All of both maps.
+pub(super) fn united(one: &[Range<u64>], other: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut ranges: Vec<_> = one.iter().chain(other).collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    let (mut map, mut end) = (Map::new(), 0);
+    for range in ranges {
+        map.push(range.start.max(end)..range.end.max(end));
+        end = end.max(range.end);
+    }
+    map.into_ranges()
+}
+
 /// What to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Step {

@@ -4,12 +4,14 @@
 //! qemu      whether an instance runs
 //! qmp       commands to QEMU          ┐ allow-lists, published
 //! agent     commands to the guest     ┘ in docs/qemu-commands.md
+//! live      snapshots of running instances, with both
 //! recorder  everything that was said
 //! ```
 
 pub mod agent;
 mod allowed;
 pub mod lines;
+mod live;
 mod qemu;
 pub mod qmp;
 mod recorder;

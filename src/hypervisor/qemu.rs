@@ -1,13 +1,27 @@
 //! QEMU processes with a machine protocol (QMP) socket each.
 
-use std::{io, os::unix::fs::FileTypeExt, path::Path, time::Duration};
+use std::{
+    io,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::time::timeout;
 
-use super::qmp::{self, NoGreeting};
+use super::{
+    live,
+    qmp::{self, NoGreeting},
+    recorder::Recorder,
+};
 use crate::{
-    model::instance::{Instance, PowerState},
-    port::{BoxFuture, Hypervisor},
+    error::{Context, Reason, Result},
+    model::{
+        instance::{Instance, PowerState},
+        live::Undo,
+    },
+    port::{BoxFuture, Hypervisor, Prepared, SnapshotOrder},
 };
 
 /// A QEMU that is alive greets within milliseconds; a loaded host is given
@@ -20,20 +34,42 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// it lives, and the kernel refuses the connection once it is gone, even when
 /// the socket's file is left. An instance whose socket is configured wrongly
 /// therefore looks stopped; what really guards its disk is the lock on it.
-#[derive(Debug, Default)]
-pub struct QemuHost {}
+#[derive(Debug)]
+pub struct QemuHost {
+    scratch_dir: PathBuf,
+}
 
 impl QemuHost {
-    /// Needs nothing.
+    /// What running instances overwrite while they are imaged goes to
+    /// `scratch_dir`.
     #[must_use]
-    pub fn new() -> Self {
-        Self {}
+    pub fn new(scratch_dir: PathBuf) -> Self {
+        Self { scratch_dir }
     }
 }
 
 impl Hypervisor for QemuHost {
     fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState> {
         Box::pin(probe(&instance.qmp_socket, PATIENCE))
+    }
+
+    fn prepare<'a>(
+        &'a self,
+        instance: &'a Instance,
+        order: SnapshotOrder,
+    ) -> BoxFuture<'a, Result<Box<dyn Prepared>>> {
+        Box::pin(async move {
+            let random = getrandom::u64()
+                .context(Reason::Internal, || "the kernel gives no random numbers")?;
+            let tag = format!("{:012x}", random >> 16);
+            let recorder = Arc::new(Recorder::new());
+            let ready = live::prepare(instance, order, &self.scratch_dir, tag, recorder).await?;
+            Ok(Box::new(ready) as Box<dyn Prepared>)
+        })
+    }
+
+    fn undo<'a>(&'a self, undo: &'a Undo) -> BoxFuture<'a, Result<()>> {
+        Box::pin(live::undo(undo, Arc::new(Recorder::new())))
     }
 }
 

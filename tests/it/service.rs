@@ -43,6 +43,9 @@ impl Volumes for NoVolumes {
         let error = Error::new(Reason::VolumeNotFound, format!("no volume {}", path.display()));
         Box::pin(async { Err(error) })
     }
+    fn live<'a>(&'a self, source: &'a LiveSource) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
+        self.hold(&source.volume)
+    }
 }
 
 #[derive(Debug)]
@@ -101,7 +104,7 @@ async fn empty(_: Config, _: Vec<Instance>) -> Result<Parts> {
     let space = Space { free: ByteSize::gib(1), total: ByteSize::gib(4) };
     Ok(Parts {
         clock: Arc::new(SystemClock::new()?),
-        hypervisor: Arc::new(QemuHost::new()),
+        hypervisor: Arc::new(QemuHost::new("/nowhere".into())),
         volumes: Arc::new(NoVolumes),
         stores: vec![
             Arc::new(EmptyStore { name: "local", space: Some(space) }),

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     block::{
-        map::{Map, Plan, Step, everything, extents_to_read},
+        map::{Map, Plan, Step, everything, extents_to_read, united},
         reader::{EXTENT_LEN, Lent, ROOM_LATENCY, STOP_LATENCY},
         reconcile::Saved as _,
     },
@@ -155,16 +155,7 @@ fn data_now(
     stop: &CancellationToken,
 ) -> Result<Option<Vec<Range<u64>>>> {
     let Some(now) = data_of(live, size, stop)? else { return Ok(None) };
-    let mut ranges = scratch.saved(0..size)?;
-    ranges.extend(now);
-    ranges.sort_unstable_by_key(|range| range.start);
-    let mut data = Map::new();
-    let mut end = 0;
-    for range in ranges {
-        data.push(range.start.max(end)..range.end.max(end));
-        end = end.max(range.end);
-    }
-    Ok(Some(data.into_ranges()))
+    Ok(Some(united(&now, &scratch.saved(0..size)?)))
 }
 
 fn stopped(export: &Client) -> Error {

@@ -31,6 +31,10 @@ pub(super) enum Call {
     BlockdevDel {
         node_name: NodeName,
     },
+    QomGet {
+        path: DevicePath,
+        property: Question,
+    },
     QomSet {
         path: DevicePath,
         property: Property,
@@ -107,6 +111,13 @@ pub(super) enum OnError {
     BreakSnapshot,
 }
 
+/// What is asked of a device.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Question {
+    Type,
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Property {
@@ -174,6 +185,7 @@ impl Call {
             Self::QueryBlockExports => "query-block-exports",
             Self::BlockdevAdd(_) => "blockdev-add",
             Self::BlockdevDel { .. } => "blockdev-del",
+            Self::QomGet { .. } => "qom-get",
             Self::QomSet { .. } => "qom-set",
             Self::NbdServerStart { .. } => "nbd-server-start",
             Self::NbdServerStop => "nbd-server-stop",
@@ -212,6 +224,7 @@ impl Call {
                 }
             },
             Self::BlockdevDel { node_name } => format!("remove the node {node_name}"),
+            Self::QomGet { path, .. } => format!("say what kind of device {path} is"),
             Self::QomSet { path, value, .. } => format!("give the device {path} the node {value}"),
             Self::NbdServerStart { addr: Address::Unix { path }, .. } => {
                 format!("serve NBD on {path}")
@@ -234,7 +247,8 @@ impl Call {
 
     /// Where it and its answer are recorded.
     pub(super) fn lane(&self) -> Lane {
-        match self.name().starts_with("query-") {
+        let name = self.name();
+        match name.starts_with("query-") || name == "qom-get" {
             true => Lane::Queries,
             false => Lane::Commands,
         }

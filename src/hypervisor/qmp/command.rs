@@ -6,7 +6,7 @@ use super::{
     answer::{BlockDevice, BlockExport, BlockNode, DeviceStatistics, Done, Job, Schema, Status},
     call::{
         Action, Address, Backup, Cache, Call, Discard, ExportEnd, NewExport, NewNode, OnError,
-        Property, Sync,
+        Property, Question, Sync,
     },
     names::{DevicePath, ExportId, FilePath, JobId, NodeName, NodeRef, SocketPath},
 };
@@ -39,6 +39,10 @@ pub const ALLOWED: &[Allowed] = &[
         why: "adds scratch file, overlay, copy-before-write filter and snapshot access, all named `imaged-…`",
     },
     Allowed { name: "blockdev-del", why: "removes nodes named `imaged-…`, no others" },
+    Allowed {
+        name: "qom-get",
+        why: "the property `type` of a disk, nothing else: some write past QEMU's filters",
+    },
     Allowed {
         name: "qom-set",
         why: "puts the filter in front of the boot volume and takes it away: the property `drive` of a disk, nothing else, and never to the node that it has",
@@ -124,6 +128,14 @@ impl Command<Vec<DeviceStatistics>> {
     #[must_use]
     pub fn query_statistics() -> Self {
         Call::QueryBlockstats { query_nodes: false }.into()
+    }
+}
+
+impl Command<String> {
+    /// What kind of device it is, e.g. `virtio-blk-device`.
+    #[must_use]
+    pub fn device_type(path: DevicePath) -> Self {
+        Call::QomGet { path, property: Question::Type }.into()
     }
 }
 
@@ -328,6 +340,7 @@ pub(super) mod tests {
                 .call,
             Command::add_snapshot_access(own("imaged-a"), own("imaged-f")).call,
             Command::delete_node(own("imaged-a")).call,
+            Command::device_type(own("/machine/peripheral/d")).call,
             Command::set_drive(own("/machine/peripheral/d"), own("imaged-f")).call,
             Command::start_nbd_server(socket).call,
             Command::stop_nbd_server().call,
@@ -363,6 +376,7 @@ pub(super) mod tests {
         {"execute":"blockdev-add","arguments":{"driver":"copy-before-write","node-name":"imaged-f","file":"#b1","target":"imaged-o","on-cbw-error":"break-snapshot","cbw-timeout":30},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"snapshot-access","node-name":"imaged-a","file":"imaged-f"},"id":1}
         {"execute":"blockdev-del","arguments":{"node-name":"imaged-a"},"id":1}
+        {"execute":"qom-get","arguments":{"path":"/machine/peripheral/d","property":"type"},"id":1}
         {"execute":"qom-set","arguments":{"path":"/machine/peripheral/d","property":"drive","value":"imaged-f"},"id":1}
         {"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"/run/nbd"}},"max-connections":16},"id":1}
         {"execute":"nbd-server-stop","id":1}
