@@ -1,7 +1,7 @@
 //! The command line: verbs and options as the `oci` CLI names them. Help,
 //! man pages and completions come from here.
 
-use std::{collections::HashMap, path::PathBuf};
+use std::{collections::HashMap, fs, path::PathBuf};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -139,7 +139,8 @@ pub(super) struct ImageCreate {
     /// Name of the image [default: made from the time].
     #[arg(long, value_name = "NAME")]
     pub display_name: Option<String>,
-    /// Tags, as a JSON object of strings: '{"env": "prod"}'.
+    /// Tags, as a JSON object of strings: '{"env": "prod"}', or file://PATH
+    /// of a file that has it.
     #[arg(long, value_name = "JSON", value_parser = parse_tags)]
     pub freeform_tags: Option<Tags>,
     /// How instances are to be launched from it [default: PARAVIRTUALIZED].
@@ -389,7 +390,9 @@ api_words!(
 pub(super) type Tags = HashMap<String, String>;
 
 fn parse_tags(text: &str) -> Result<Tags, String> {
-    serde_json::from_str(text).map_err(|error| {
+    let read = text.strip_prefix("file://").map(fs::read_to_string).transpose();
+    let read = read.map_err(|error| format!("the file cannot be read: {error}"))?;
+    serde_json::from_str(read.as_deref().unwrap_or(text)).map_err(|error| {
         format!("not a JSON object of strings like '{{\"env\": \"prod\"}}': {error}")
     })
 }
@@ -398,5 +401,30 @@ fn parse_token(text: &str) -> Result<String, String> {
     match text.chars().count() {
         1..=MAX_TOKEN => Ok(text.to_owned()),
         count => Err(format!("a retry token has 1 to {MAX_TOKEN} characters, this one {count}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn tags_come_from_the_command_line_or_from_a_file() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(br#"{"env": "prod"}"#).unwrap();
+        let from_file = parse_tags(&format!("file://{}", file.path().display())).unwrap();
+        assert_eq!(from_file, parse_tags(r#"{"env": "prod"}"#).unwrap());
+        assert_eq!(from_file["env"], "prod");
+        let refused = |text: &str| parse_tags(text).unwrap_err();
+        insta::assert_snapshot!(
+            [refused("file:///missing"), refused("env=prod"), refused(r#"{"a": 1}"#)].join("\n"),
+            @r#"
+        the file cannot be read: No such file or directory (os error 2)
+        not a JSON object of strings like '{"env": "prod"}': expected value at line 1 column 1
+        not a JSON object of strings like '{"env": "prod"}': invalid type: integer `1`, expected a string at line 1 column 7
+        "#
+        );
     }
 }
