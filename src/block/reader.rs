@@ -103,12 +103,12 @@ pub(super) trait Past {
 /// Reads `source` into `pieces`, as
 /// [`HeldVolume::read`](crate::port::HeldVolume::read) promises. Of a volume
 /// that its guest writes to, `past` corrects every extent after it was read.
-pub(super) fn read(
-    source: &Source,
+pub(super) fn read<'a>(
+    source: &'a Source,
     settings: ReaderSettings,
-    past: Option<&mut dyn Past>,
-    pieces: &SyncSender<Piece>,
-    stop: &CancellationToken,
+    past: Option<&'a mut dyn Past>,
+    pieces: &'a SyncSender<Piece>,
+    stop: &'a CancellationToken,
 ) -> Result<()> {
     let facts = &source.facts;
     let size = facts.size.get();

@@ -12,6 +12,7 @@ mod lab;
 
 mod image;
 mod lifecycle;
+mod live;
 mod qemu;
 mod service;
 mod sources;

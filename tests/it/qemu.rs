@@ -25,7 +25,7 @@ use imaged::{
 };
 use tokio::time::{Instant, timeout};
 
-use crate::lab::{run, scratch, wait_for};
+use crate::lab::{Guest, run, scratch, wait_for};
 
 /// A QEMU without a guest: its virtual CPUs have not begun. It ends with this.
 struct Qemu {
@@ -292,46 +292,12 @@ async fn qemu_is_watched_from_greeting_to_death() {
     }
 }
 
-/// The lab's guest on a disk of its own that is thrown away.
-struct Guest {
-    dir: tempfile::TempDir,
-}
-
-impl Guest {
-    fn boot() -> Self {
-        // Not in `scratch()`: its path is too long for a socket.
-        let guest = Self { dir: tempfile::tempdir().unwrap() };
-        let disk = PathBuf::from(run("tests/lab/guest.sh", &[])).join("disk.raw");
-        let disk = disk.to_str().unwrap();
-        guest.vm("start", &["--disk", disk, "--format", "raw", "--snapshot"]);
-        guest.vm("wait-agent", &[]);
-        guest
-    }
-
-    fn vm(&self, verb: &str, args: &[&str]) {
-        let dir = self.dir.path().to_str().unwrap();
-        run("tests/lab/vm.py", &[&[verb, "--dir", dir], args].concat());
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("agent.sock")
-    }
-}
-
-impl Drop for Guest {
-    fn drop(&mut self) {
-        // By its own pid file.
-        let dir = self.dir.path().to_str().unwrap();
-        let _ = Program::new("tests/lab/vm.py").args(["kill", "--dir", dir]).status();
-    }
-}
-
 #[tokio::test]
 #[ignore = "needs root, QEMU and a minute"]
 async fn qemu_guest_freezes_thaws_and_blows_its_fuse() {
     let guest = Guest::boot();
     let recorder = Arc::new(Recorder::new());
-    let agent = Agent::connect(&guest.socket(), Arc::clone(&recorder), later()).await.unwrap();
+    let agent = Agent::connect(&guest.agent_socket(), Arc::clone(&recorder), later()).await.unwrap();
 
     let info = agent.info(later()).await.unwrap();
     assert!(info.version.starts_with("7.2") && info.allows("guest-exec"), "{info:?}");
@@ -361,7 +327,7 @@ async fn qemu_guest_freezes_thaws_and_blows_its_fuse() {
     assert_eq!(agent.freeze_status(later()).await.unwrap(), FreezeStatus::Frozen);
     // Another client of a daemon that has died meanwhile.
     drop(agent);
-    let agent = Agent::connect(&guest.socket(), Arc::clone(&recorder), later()).await.unwrap();
+    let agent = Agent::connect(&guest.agent_socket(), Arc::clone(&recorder), later()).await.unwrap();
     assert_eq!(agent.freeze_status(later()).await.unwrap(), FreezeStatus::Frozen);
     assert_eq!(agent.thaw(later()).await.unwrap(), frozen);
 

@@ -17,6 +17,7 @@ use imaged::{
         host::{Feature, Space},
         image::{Manifest, Record},
         instance::Instance,
+        live::LiveSource,
     },
     pb::{
         self, host_service_client::HostServiceClient, image_service_client::ImageServiceClient,

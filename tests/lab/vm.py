@@ -4,6 +4,7 @@
   vm.py start --disk PATH --format raw|qcow2 --dir RUNDIR [--snapshot] [-- QEMU-ARGUMENT ...]
   vm.py wait-agent --dir RUNDIR      until the guest agent answers
   vm.py hostname   --dir RUNDIR      what the agent says
+  vm.py exec       --dir RUNDIR PROGRAM [ARGUMENT ...]   in the guest; prints what it printed
   vm.py shutdown   --dir RUNDIR      through the agent, until QEMU is gone
   vm.py kill       --dir RUNDIR      SIGKILL; success when it does not run
 
@@ -12,6 +13,7 @@ the device "bootdisk". Everything has a deadline (--timeout seconds).
 """
 
 import argparse
+import base64
 import json
 import os
 import random
@@ -199,6 +201,23 @@ class Agent:
         return answer["return"]
 
 
+def execute(vm, deadline, program, *arguments):
+    agent = Agent(vm, deadline)
+    pid = agent.call(
+        "guest-exec", **{"path": program, "arg": list(arguments), "capture-output": True}
+    )["pid"]
+    while True:
+        status = agent.call("guest-exec-status", pid=pid)
+        if status["exited"]:
+            break
+        time.sleep(0.05)
+        agent.left()
+    output = [base64.b64decode(status.get(name, "")).decode() for name in ("out-data", "err-data")]
+    if status.get("exitcode") != 0:
+        raise LabError(f"{program} failed in the guest: {status.get('exitcode')}: {output[1]}")
+    return output[0]
+
+
 def shutdown(vm, deadline):
     process = vm.pidfd()
     if process is None:
@@ -224,12 +243,15 @@ def main():
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, timeout in (
-        ("start", 60), ("wait-agent", 180), ("hostname", 30), ("shutdown", 90), ("kill", 10),
+        ("start", 60), ("wait-agent", 180), ("hostname", 30), ("exec", 60), ("shutdown", 90),
+        ("kill", 10),
     ):  # fmt: skip
         command = commands.add_parser(name)
         command.add_argument("--dir", required=True, help="the VM's run directory")
         if name != "start":
             command.add_argument("--timeout", type=float, default=timeout, help="seconds")
+            if name == "exec":
+                command.add_argument("program", nargs=argparse.REMAINDER)
             continue
         command.add_argument("--disk", required=True)
         command.add_argument("--format", required=True, choices=["raw", "qcow2"])
@@ -248,6 +270,8 @@ def main():
             Agent(vm, deadline)
         elif args.command == "hostname":
             print(Agent(vm, deadline).call("guest-get-host-name")["host-name"])
+        elif args.command == "exec":
+            print(execute(vm, deadline, *args.program), end="")
         elif args.command == "shutdown":
             shutdown(vm, deadline)
         else:
