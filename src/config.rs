@@ -259,6 +259,37 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    /// Keys of the structure `name` in `source`, as a file has them.
+    fn keys(source: &str, name: &str) -> Vec<String> {
+        let body = source.split_once(&format!("struct {name} {{")).unwrap().1;
+        let body = body.split_once("\n}").unwrap().0;
+        let fields = body.lines().filter_map(|line| line.trim().split_once(": "));
+        let names = fields.map(|(field, _)| field.trim_start_matches("pub "));
+        let names = names.filter(|field| field.chars().all(|c| c.is_lowercase() || c == '_'));
+        let renamed = |field: &str| match field {
+            "progress_timeout" => "progress_timeout_seconds".to_owned(),
+            field => field.to_owned(),
+        };
+        names.map(renamed).collect()
+    }
+
+    #[test]
+    fn every_key_is_documented_and_no_other() {
+        let documented = include_str!("../docs/configuration.md");
+        let documented = documented.lines().filter_map(|line| line.strip_prefix("| `"));
+        let mut documented: Vec<_> =
+            documented.map(|line| line.split('`').next().unwrap().to_owned()).collect();
+        let mut known: Vec<_> = [
+            keys(include_str!("config.rs"), "Config"),
+            keys(include_str!("config.rs"), "StoreConfig"),
+            keys(include_str!("config/instances.rs"), "InstanceFile"),
+        ]
+        .concat();
+        known.sort();
+        documented.sort();
+        assert_eq!(known, documented);
+    }
+
     use super::*;
 
     fn refused(text: &str) -> String {

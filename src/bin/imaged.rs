@@ -111,17 +111,20 @@ fn serve(config: Config) -> Result<()> {
     outcome
 }
 
-/// Cancels `stop` at the first SIGTERM or SIGINT. Later ones change nothing:
-/// the undo is never cut short, only SIGKILL does that.
+/// Cancels `stop` at the first SIGTERM or SIGINT, and at SIGHUP, which a
+/// closed terminal sends. Later ones change nothing: the undo is never cut
+/// short, only SIGKILL does that.
 fn stop_on_signals(stop: CancellationToken) -> Result<()> {
     let context = || "signals cannot be handled";
     let mut terminate = signal(SignalKind::terminate()).context(Reason::Internal, context)?;
     let mut interrupt = signal(SignalKind::interrupt()).context(Reason::Internal, context)?;
+    let mut hangup = signal(SignalKind::hangup()).context(Reason::Internal, context)?;
     tokio::spawn(async move {
         loop {
             let name = tokio::select! {
                 _ = terminate.recv() => "SIGTERM",
                 _ = interrupt.recv() => "SIGINT",
+                _ = hangup.recv() => "SIGHUP",
             };
             match stop.is_cancelled() {
                 false => tracing::info!("{name}"),

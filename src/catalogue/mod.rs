@@ -81,19 +81,29 @@ impl Catalogue {
     ///
     /// # Errors
     ///
-    /// `STORE_UNAVAILABLE`: a list without one store's images would look
-    /// complete.
-    pub async fn list(&self) -> Result<Vec<Image>> {
+    /// `STORE_UNAVAILABLE` when no store answers.
+    pub async fn list(&self) -> Result<Listed> {
         // Never closed.
         let _place = self.listing.acquire().await;
         // First what is being made: what is sealed meanwhile then replaces it.
         let mut images = self.lock().clone();
+        let mut silent = Vec::new();
         for store in &self.stores {
-            for (manifest, record) in store.list().await? {
-                images.insert(manifest.id.clone(), manifest.into_image(record));
+            match store.list().await {
+                Ok(found) => {
+                    images.extend(found.into_iter().map(|(manifest, record)| {
+                        (manifest.id.clone(), manifest.into_image(record))
+                    }))
+                }
+                Err(error) => silent.push((store.name().to_owned(), error)),
             }
         }
-        Ok(images.into_values().collect())
+        if silent.len() == self.stores.len()
+            && let Some((_, error)) = silent.pop()
+        {
+            return Err(error);
+        }
+        Ok(Listed { images: images.into_values().collect(), silent })
     }
 
     /// The image `id`, in whatever state.
@@ -146,6 +156,15 @@ impl Catalogue {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ImageId, Image>> {
         self.provisioning.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The images of all stores that answered.
+#[derive(Debug)]
+pub struct Listed {
+    /// They.
+    pub images: Vec<Image>,
+    /// Stores that did not, whose images are missing, and why.
+    pub silent: Vec<(String, Error)>,
 }
 
 fn not_found(id: &ImageId) -> Error {

@@ -81,11 +81,12 @@ impl WorkRequest {
         self.time_finished = Some(now);
         self.errors.extend(error);
         self.progress.per_second = 0;
-        if status == Status::Succeeded {
-            for resource in &mut self.resources {
-                if resource.action == Action::InProgress {
-                    resource.action = Action::Created;
-                }
+        for resource in &mut self.resources {
+            if resource.action == Action::InProgress {
+                resource.action = match status {
+                    Status::Succeeded => Action::Created,
+                    _ => Action::Related,
+                };
             }
         }
     }

@@ -16,7 +16,7 @@ use crate::{
         image_service_server::ImageService,
         list_images_request::{SortBy, SortOrder},
     },
-    work::Work,
+    work::{Listed, Work},
 };
 
 #[derive(Debug)]
@@ -53,8 +53,13 @@ impl ImageService for Images {
         &self,
         request: Request<pb::ListImagesRequest>,
     ) -> Result<Response<pb::ListImagesResponse>, Status> {
-        let images = self.work.images().await.map_err(status::from)?;
-        list(images, request.get_ref()).map(Response::new).map_err(status::from)
+        let Listed { images, silent } = self.work.images().await.map_err(status::from)?;
+        let mut page = list(images, request.get_ref()).map_err(status::from)?;
+        page.silent_stores = silent
+            .into_iter()
+            .map(|(name, error)| pb::SilentStore { name, problem: error.report() })
+            .collect();
+        Ok(Response::new(page))
     }
 
     async fn delete_image(
@@ -110,7 +115,7 @@ fn list(images: Vec<Image>, wanted: &pb::ListImagesRequest) -> Result<pb::ListIm
     let items = images.into_iter().filter(matches).map(keyed).collect();
     let (items, next_page) =
         page::cut(items, Wanted { order, limit: wanted.limit, page: &wanted.page })?;
-    Ok(pb::ListImagesResponse { items, next_page })
+    Ok(pb::ListImagesResponse { items, next_page, silent_stores: Vec::new() })
 }
 
 /// OCI's defaults: newest first, names upwards.

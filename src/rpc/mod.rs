@@ -113,7 +113,7 @@ async fn routes(work: Work, host: HostFacts) -> Result<Routes> {
         .add_service(hosts.max_decoding_message_size(MAX_REQUEST))
         .add_service(health_service)
         .add_service(reflection().build_v1().context(Reason::Internal, unbuilt)?)
-        // For grpcurl before 1.9.
+        // For clients that know the older one alone.
         .add_service(reflection().build_v1alpha().context(Reason::Internal, unbuilt)?))
 }
 

@@ -15,7 +15,7 @@ pub const RETRY_TOKEN_LEN: usize = 64;
 /// What a work request keeps others from using.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Lock {
-    /// A volume that is imaged: one image of an instance at a time.
+    /// A volume that is imaged: one image of it at a time.
     Source(PathBuf),
     /// An image that must not be deleted.
     Image(ImageId),
@@ -156,7 +156,7 @@ impl From<Denial> for Error {
                 Reason::SourceLocked,
                 format!("work request {holder} is imaging {}", path.display()),
             )
-            .advice("one image of an instance is made at a time: wait for it, or cancel it"),
+            .advice("one image of a volume is made at a time: wait for it, or cancel it"),
             Denial::Locked { holder, lock: Lock::Image(id) } => {
                 Error::new(Reason::ImageLocked, format!("work request {holder} uses image {id}"))
                     .advice("wait for it, or cancel it")
@@ -252,7 +252,7 @@ mod tests {
         });
         insta::assert_snapshot!(error.report(), @"
         work request ocid1.workrequest.imaged..01 is imaging /dev/vg0/web-1
-          help: one image of an instance is made at a time: wait for it, or cancel it
+          help: one image of a volume is made at a time: wait for it, or cancel it
         ");
     }
 }

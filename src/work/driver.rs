@@ -159,12 +159,13 @@ fn why_stopped(error: &Error, asked: bool, stopped: bool) -> Option<Error> {
         Reason::Canceled | Reason::Stalled if asked => Some(canceled()),
         Reason::Canceled => {
             let context = "imaged was stopped before the work was done";
-            let advice = "nothing is left of it; ask again";
+            let advice = "nothing is left of it; ask again, with a new retry token";
             Some(Error::new(Reason::DaemonStopped, context).advice(advice))
         }
         Reason::Stalled if stopped => {
             let context = "imaged was stopped before the work was done";
-            let advice = "the next start removes what is left; ask again then";
+            let advice =
+                "the next start removes what is left; ask again then, with a new retry token";
             Some(Error::new(Reason::DaemonStopped, context).advice(advice))
         }
         _ => None,

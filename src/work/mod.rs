@@ -31,6 +31,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use self::registry::Registry;
+pub use crate::catalogue::Listed;
 use crate::{
     catalogue::Catalogue,
     encode::SpareParts,
@@ -286,7 +287,14 @@ impl Work {
         if let Some(known) = self.0.known(retry.as_ref())? {
             return Ok(known);
         }
-        let found = self.0.catalogue.find(&wanted.image_id).await?;
+        let found = match self.0.catalogue.find(&wanted.image_id).await {
+            Err(error) if error.reason() == Reason::ImageNotFound => {
+                // One that is being made is there, and locked.
+                self.0.registry.check_unused(&wanted.image_id)?;
+                return Err(error);
+            }
+            found => found?,
+        };
         let resources = vec![Resource {
             action: Action::Related,
             entity_type: EntityType::Image,
@@ -336,8 +344,8 @@ impl Work {
     ///
     /// # Errors
     ///
-    /// `STORE_UNAVAILABLE`.
-    pub async fn images(&self) -> Result<Vec<Image>> {
+    /// `STORE_UNAVAILABLE` when no store answers.
+    pub async fn images(&self) -> Result<Listed> {
         self.0.catalogue.list().await
     }
 
@@ -466,7 +474,11 @@ impl Work {
                 }
             }
         }
-        let held = self.0.ports.volumes.hold(volume).await?;
+        let held = self.0.ports.volumes.hold(volume).await;
+        let held = held.map_err(|error| match instance {
+            Some(_) if error.field_name() == Some("boot_volume") => error.field("instance_id"),
+            _ => error,
+        })?;
         self.check_size(held.facts().size, volume)?;
         Ok(Found::AtRest(held))
     }

@@ -38,7 +38,10 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
             Made::No => {
                 let error =
                     Error::new(Reason::DaemonStopped, "imaged died before the work was done")
-                        .advice("no image came of it, and its remains are removed; ask again");
+                        .advice(
+                            "no image came of it, and its remains are removed; ask again, with a \
+                             new retry token",
+                        );
                 let status = match request.status {
                     Status::Canceling => Status::Canceled,
                     _ => Status::Failed,

@@ -119,7 +119,13 @@ impl Tracker {
         };
         let mut ended = self.state.borrow().clone();
         ended.finish(status, error, now);
-        tracing::info!(work_request = %ended.id, status = ?status, "work request ended");
+        match ended.errors.last() {
+            Some(error) if status == Status::Failed => tracing::warn!(
+                work_request = %ended.id, ?status, code = error.code,
+                "work request ended: {}", error.message.lines().next().unwrap_or_default()
+            ),
+            _ => tracing::info!(work_request = %ended.id, ?status, "work request ended"),
+        }
         // Durable before anyone is told.
         if let Err(error) = self.journal.put(&ended).await {
             tracing::error!(work_request = %ended.id, "{error:?}");

@@ -56,7 +56,7 @@ use crate::{
         in_parallel,
         verify::{Parts, sums},
     },
-    error::{Error, Result},
+    error::{Error, Reason, Result},
     format::qcow2::content,
     model::image::Stored,
     port::{Fault, Inspector, Meter, ReadAt},
@@ -132,7 +132,7 @@ impl Inspector for Workers {
             },
         };
         let outcomes = in_parallel(threads, "verify", || Ok(verification.work()));
-        verification.conclude(outcomes, process)
+        verification.conclude(outcomes, process, stop)
     }
 }
 
@@ -170,9 +170,15 @@ impl Verification<'_> {
     }
 
     /// A fault is worth more than the error of another thread, and one of the
-    /// object's bytes more than what follows from it; being stopped follows
-    /// from any other.
-    fn conclude(self, outcomes: Vec<Result<Outcome>>, process: Process) -> Result<Option<Fault>> {
+    /// object's bytes more than what follows from it. A worker breaks off when
+    /// the daemon does, so that a failing store, or whoever said `stop`, is
+    /// the cause of that; being stopped without either follows from any other.
+    fn conclude(
+        self,
+        outcomes: Vec<Result<Outcome>>,
+        process: Process,
+        stop: &CancellationToken,
+    ) -> Result<Option<Fault>> {
         let (mut found, mut error, mut broken) = (None, None, None);
         for outcome in outcomes {
             match outcome {
@@ -194,10 +200,12 @@ impl Verification<'_> {
         }
         match (found, error, broken) {
             (Some(fault), _, _) => Ok(Some(fault)),
+            (None, None, None) => Ok(None),
+            (None, Some(error), _) if error.reason() != Reason::Canceled => Err(error),
+            (None, _, _) if stop.is_cancelled() => Err(process.end(Break::Stopped).error()),
             (None, _, Some(why)) if why != Break::Stopped => Err(process.end(why).error()),
             (None, Some(error), _) => Err(error),
             (None, None, Some(why)) => Err(process.end(why).error()),
-            (None, None, None) => Ok(None),
         }
     }
 }
@@ -205,7 +213,7 @@ impl Verification<'_> {
 /// The one that is not just a consequence of being stopped.
 fn graver(before: Option<Error>, now: Error) -> Error {
     match before {
-        Some(before) if before.reason() != crate::error::Reason::Canceled => before,
+        Some(before) if before.reason() != Reason::Canceled => before,
         _ => now,
     }
 }

@@ -170,6 +170,12 @@ fn root_sigterm_in_the_middle_leaves_nothing() {
     let ended = status(&daemon, &request);
     assert_eq!(ended["status"], "FAILED");
     assert_eq!(ended["errors"][0]["code"], "DAEMON_STOPPED");
+
+    // A closed terminal's signal is the same order.
+    running(&daemon, &volume);
+    daemon.signal("HUP");
+    daemon.stop();
+    assert_eq!(fs::read_dir(&images).unwrap().count(), 0, "something is left");
 }
 
 #[test]

@@ -18,7 +18,9 @@ fn config(dirs: &[&Path], store: Option<&Path>) -> Config {
 }
 
 fn ended(daemon: &Daemon, request: &str) -> serde_json::Value {
-    wait_for("the work request to end", Duration::from_secs(20), || {
+    // Encoders run when nothing else wants to: on a busy host what was read
+    // before takes its time.
+    wait_for("the work request to end", Duration::from_secs(120), || {
         let now = status(daemon, request);
         (!now["time-finished"].is_null()).then_some(now)
     })

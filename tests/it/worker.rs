@@ -336,6 +336,21 @@ fn stopping_ends_the_worker() {
     let error = image.verify_with(&workers(), 2, before, &stop).unwrap_err();
     assert_eq!(error.reason(), Reason::Canceled);
     assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+    // At whatever read it is stopped, nothing is said of the image.
+    for at in image.hashing() + 1..image.hashing() + 30 {
+        let stop = CancellationToken::new();
+        let before = |read| {
+            if read == at {
+                stop.cancel();
+            }
+            Ok(())
+        };
+        match image.verify_with(&workers(), 2, before, &stop) {
+            Ok(None) => {}
+            Ok(Some(fault)) => panic!("{at}: {fault}"),
+            Err(error) => assert_eq!(error.reason(), Reason::Canceled, "{at}: {error:?}"),
+        }
+    }
 }
 
 #[test]

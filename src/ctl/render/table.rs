@@ -313,7 +313,7 @@ pub(in crate::ctl) fn host(host: &pb::Host) -> String {
                 store.total_bytes.map_or(UNKNOWN.into(), show_size)
             }),
             column("LOCATION", 0, |store: &pb::Store| match words::known(&store.problem) {
-                Some(problem) => format!("{}: {problem}", store.location),
+                Some(problem) => format!("{}: {}", store.location, words::in_one_line(problem)),
                 None => store.location.clone(),
             }),
         ];

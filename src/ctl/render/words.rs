@@ -120,6 +120,11 @@ pub(in crate::ctl) fn consistency(image: &pb::Image) -> Option<&'static str> {
     })
 }
 
+/// A sentence with its causes and advice, one a line, as one line.
+pub(in crate::ctl) fn in_one_line(problem: &str) -> String {
+    problem.lines().map(str::trim).collect::<Vec<_>>().join("; ")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

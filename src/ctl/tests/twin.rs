@@ -146,7 +146,11 @@ impl ImageService for Service {
             _ => (samples::provisioning(), String::new()),
         };
         self.0.lists.lock().unwrap().push(request);
-        Ok(Response::new(pb::ListImagesResponse { items: vec![image], next_page }))
+        Ok(Response::new(pb::ListImagesResponse {
+            items: vec![image],
+            next_page,
+            ..Default::default()
+        }))
     }
 
     async fn delete_image(

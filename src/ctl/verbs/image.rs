@@ -1,6 +1,6 @@
 //! `imagectl image`.
 
-use std::{fmt::Write as _, path::Path, time::Duration};
+use std::{cell::RefCell, collections::BTreeMap, fmt::Write as _, path::Path, time::Duration};
 
 use super::{Page, Session, pages, work_request};
 use crate::{
@@ -12,7 +12,7 @@ use crate::{
         exit::Exit,
         failure::Failure,
         progress::Progress,
-        render::{json, table},
+        render::{json, table, words},
         wait::{FIRST_PAUSE, Wait},
     },
     pb,
@@ -201,12 +201,19 @@ async fn list(mut session: Session<'_, '_>, args: ImageList) -> Result<(), Failu
         }),
         ..Default::default()
     };
+    let silent = RefCell::new(BTreeMap::new());
     let page = pages(args.paging, async |limit, page| {
         let request = pb::ListImagesRequest { limit, page, ..wanted.clone() };
         let answer = client.call(client.images().list_images(request)).await?;
+        let stores = answer.silent_stores.into_iter();
+        silent.borrow_mut().extend(stores.map(|store| (store.name, store.problem)));
         Ok(Page { items: answer.items, next: answer.next_page })
     })
     .await?;
+    for (name, problem) in silent.into_inner() {
+        let problem = words::in_one_line(&problem);
+        session.console.tell(&format!("the images of store {name:?} are missing: {problem}"));
+    }
     session.print_list(
         &page,
         "images",

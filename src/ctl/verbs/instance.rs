@@ -20,7 +20,7 @@ pub(super) async fn run(mut session: Session<'_, '_>, verb: InstanceVerb) -> Res
             let page = Page { items: answer.items, next: String::new() };
             session.print_list(
                 &page,
-                "instances: imaged reads them from instances.d in its configuration",
+                "instances: imaged reads their files when it starts, see `imagectl host get`",
                 |items| json::document(json::list(items, json::instance), []),
                 |items, _, width| table::instances(items, width),
             )

@@ -43,6 +43,13 @@ pub(super) async fn run(
         WorkRequestVerb::Cancel { work_request_id } => {
             let request = pb::CancelWorkRequestRequest { work_request_id };
             let work = client.call(client.work_requests().cancel_work_request(request)).await?;
+            let status = work.status();
+            if matches!(
+                status,
+                pb::work_request::Status::Succeeded | pb::work_request::Status::Failed
+            ) {
+                session.console.tell("it had ended before: nothing was canceled");
+            }
             print(&mut session, &work)
         }
     }

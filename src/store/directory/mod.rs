@@ -237,7 +237,9 @@ impl Store {
             Reason::StoreFull,
             format!("{need}, and the store {name:?} has {free} free of which {min_free} must stay"),
         )
-        .advice("delete images from it, lower its min_free, or name another store")
+        .advice(
+            "delete images from it, lower its min_free, or make another store the default_store",
+        )
     }
 
     fn list(&self) -> Result<Vec<(Manifest, Record)>> {

@@ -50,11 +50,11 @@ impl Lane {
         if state.stream.read(&mut bytes[..1])? == 0 {
             return Ok(None);
         }
-        state.stream.read_exact(&mut bytes[1..])?;
+        state.hear(&mut bytes[1..])?;
         match ToWorker::header(bytes) {
             Ok((1, _)) => {
                 let mut payload = [0; 24];
-                state.stream.read_exact(&mut payload)?;
+                state.hear(&mut payload)?;
                 Ok(Some(ToWorker::task(&payload)))
             }
             _ => Err(io::ErrorKind::InvalidData.into()),
@@ -124,11 +124,19 @@ impl State {
         FromWorker::Read { offset, len: buf.len() }.encode(&mut self.outbox);
         self.flush()?;
         let mut bytes = [0; HEADER];
-        self.stream.read_exact(&mut bytes)?;
+        self.hear(&mut bytes)?;
         match ToWorker::header(bytes) {
-            Ok((2, len)) if len == buf.len() => self.stream.read_exact(buf),
+            Ok((2, len)) if len == buf.len() => self.hear(buf),
             _ => Err(io::ErrorKind::InvalidData.into()),
         }
+    }
+
+    /// A daemon that hangs up must not look like the end of the object.
+    fn hear(&mut self, buf: &mut [u8]) -> io::Result<()> {
+        self.stream.read_exact(buf).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => io::ErrorKind::ConnectionAborted.into(),
+            _ => error,
+        })
     }
 
     fn flush(&mut self) -> io::Result<()> {

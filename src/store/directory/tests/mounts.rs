@@ -73,7 +73,7 @@ async fn root_a_full_store_says_so_and_gets_its_space_back() {
         insta::allow_duplicates! {
             insta::assert_snapshot!(without_free_size(&renumbered(&full)), @r#"
             STORE_FULL: part [N] of image ocid1.image.imaged..test1 needs 4.00 MiB, and the store "local" has [SIZE] free of which 8.00 MiB must stay
-              help: delete images from it, lower its min_free, or name another store
+              help: delete images from it, lower its min_free, or make another store the default_store
             "#);
         }
         assert!(store.space().await.unwrap().unwrap().free < ByteSize::mib(4));
