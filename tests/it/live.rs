@@ -33,9 +33,11 @@ while (1) {
 "#;
 
 fn start_writer(guest: &Guest) {
-    fs::write(guest.disk().with_file_name("writer.pl"), WRITER).unwrap();
     guest.sh(&format!(
-        "cat > /run/writer.pl <<'END'\n{WRITER}\nEND\nsetsid perl /run/writer.pl >/run/writer.log 2>&1 </dev/null & sleep 1; test -s /records"
+        "cat > /run/writer.pl <<'END'\n{WRITER}\nEND\n\
+         setsid perl /run/writer.pl >/run/writer.log 2>&1 </dev/null &\n\
+         for try in 1 2 3 4 5 6 7 8 9; do sleep 0.5; [ -s /records ] && exit 0; done\n\
+         cat /run/writer.log >&2; exit 1"
     ));
 }
 
@@ -100,7 +102,8 @@ fn qemu_guest_is_imaged_while_it_writes() {
             assert_prefix(&records);
             assert!(records.len() > before, "the guest wrote nothing");
             before = records.len();
-            daemon.json(&["image", "delete", "--force", "--image-id", image["id"].as_str().unwrap()]);
+            let id = image["id"].as_str().unwrap();
+            assert!(daemon.imagectl(&["image", "delete", "--force", "--image-id", id]).status.success());
         }
     }
     assert_eq!(nodes(()), "", "the guest saw an error");
