@@ -63,8 +63,7 @@ impl Live {
         };
         let snapshot = connect(&from.snapshot, Role::Snapshot, Asks::Content)?;
         check_size(&snapshot, from.size)?;
-        let mut scratch =
-            ScratchExport::new(connect(&from.scratch, Role::Scratch, Asks::Depth)?)?;
+        let mut scratch = ScratchExport::new(connect(&from.scratch, Role::Scratch, Asks::Depth)?)?;
         if !from.raw {
             let live = connect(&from.live, Role::Volume, Asks::Content)?;
             let facts = VolumeFacts {
@@ -73,7 +72,11 @@ impl Live {
                 sector_size: 512,
                 data: map::everything(from.size.get()),
             };
-            return Ok(Self { facts, settings, way: Some(Way::Exports { snapshot, live, scratch }) });
+            return Ok(Self {
+                facts,
+                settings,
+                way: Some(Way::Exports { snapshot, live, scratch }),
+            });
         }
         let mut source = hold::beside(host, allowed, &from.volume)?;
         if source.facts.size != from.size {

@@ -134,9 +134,9 @@ impl HostVolumes {
 impl Volumes for HostVolumes {
     fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let asked = path.to_owned();
-        Box::pin(self.open(path, move |host, allowed, settings| {
-            hold(host, allowed, settings, &asked)
-        }))
+        Box::pin(
+            self.open(path, move |host, allowed, settings| hold(host, allowed, settings, &asked)),
+        )
     }
 
     fn live<'a>(&'a self, source: &'a LiveSource) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {

@@ -13,8 +13,8 @@ use crate::{
     model::{
         ImageId, Timestamp, WorkRequestId,
         image::{Compression, Consistency, Image, ImageState, LaunchMode},
-        live::Mode,
         instance::{Instance, PowerState},
+        live::Mode,
         work_request::{Action, Operation, Status, WorkRequest},
     },
     pb,
@@ -125,7 +125,10 @@ fn mode(value: i32) -> Result<Mode> {
         Ok(Pb::Unspecified | Pb::Freeze) => Mode::Freeze,
         Ok(Pb::Crash) => Mode::Crash,
         Err(_) => {
-            return Err(invalid("snapshot_mode", format!("{value} is no snapshot mode known here")));
+            return Err(invalid(
+                "snapshot_mode",
+                format!("{value} is no snapshot mode known here"),
+            ));
         }
     })
 }

@@ -3,11 +3,15 @@
 use std::{
     fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde_json::Value;
 
-use crate::lab::{Config, Daemon, Guest, run, scratch};
+use crate::{
+    lab::{Config, Daemon, Guest, run, scratch, wait_for},
+    lifecycle::status,
+};
 
 /// Appends numbered records with a checksum to /records, each with fsync, and
 /// keeps the longest time that one took, in microseconds, in /run/longest.
@@ -41,12 +45,17 @@ fn start_writer(guest: &Guest) {
     ));
 }
 
-fn daemon(guest: &Guest) -> Daemon {
-    Daemon::start(&Config {
-        lines: format!("scratch_size = \"1GiB\"\nscratch_dir = {:?}", guest.disk().with_file_name("scratch")),
+fn config(guest: &Guest) -> Config {
+    let scratch = guest.disk().with_file_name("scratch");
+    Config {
+        lines: format!("scratch_size = \"1GiB\"\nscratch_dir = {scratch:?}"),
         instances: vec![("web-1".into(), guest.instance())],
         ..Config::default()
-    })
+    }
+}
+
+fn daemon(guest: &Guest) -> Daemon {
+    Daemon::start(&config(guest))
 }
 
 fn capture(daemon: &Daemon, more: &[&str]) -> Value {
@@ -62,18 +71,16 @@ fn object(daemon: &Daemon, image: &Value) -> PathBuf {
 /// must then be clean; without `replay` it must be so at once.
 fn records(object: &Path, replay: bool) -> Vec<String> {
     let dir = tempfile::tempdir_in(scratch()).unwrap();
-    let disk = dir.path().join("disk.raw");
-    let root = dir.path().join("root.ext4");
-    let (disk, root) = (disk.to_str().unwrap(), root.to_str().unwrap());
-    run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", object.to_str().unwrap(), disk]);
-    let (of, from) = (format!("of={root}"), format!("if={disk}"));
-    run("dd", &[&from, &of, "bs=1M", "skip=1", "conv=sparse", "status=none"]);
+    let disk = dir.path().join("disk.raw").display().to_string();
+    run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", object.to_str().unwrap(), &disk]);
+    // Where the root's partition begins.
+    let root = format!("{disk}?offset=1048576");
     if replay {
         // 1: the journal was replayed, and all is well.
-        run("sh", &["-c", &format!("e2fsck -E journal_only -p {root} || [ $? = 1 ]")]);
+        run("sh", &["-c", &format!("e2fsck -E journal_only -p '{root}' || [ $? = 1 ]")]);
     }
-    run("e2fsck", &["-f", "-n", root]);
-    run("debugfs", &["-R", "cat /records", root]).lines().map(str::to_owned).collect()
+    run("e2fsck", &["-f", "-n", &root]);
+    run("debugfs", &["-R", "cat /records", &root]).lines().map(str::to_owned).collect()
 }
 
 fn assert_prefix(records: &[String]) {
@@ -92,7 +99,6 @@ fn qemu_guest_is_imaged_while_it_writes() {
     let guest = Guest::boot();
     start_writer(&guest);
     let daemon = daemon(&guest);
-    let nodes = |_: ()| guest.sh("cat /run/writer.log");
     let mut before = 0;
     for (mode, consistency) in [("freeze", "FILESYSTEM"), ("crash", "CRASH")] {
         for _ in 0..3 {
@@ -103,11 +109,118 @@ fn qemu_guest_is_imaged_while_it_writes() {
             assert!(records.len() > before, "the guest wrote nothing");
             before = records.len();
             let id = image["id"].as_str().unwrap();
-            assert!(daemon.imagectl(&["image", "delete", "--force", "--image-id", id]).status.success());
+            assert!(
+                daemon.imagectl(&["image", "delete", "--force", "--image-id", id]).status.success()
+            );
         }
     }
-    assert_eq!(nodes(()), "", "the guest saw an error");
+    assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
     println!("longest record: {} µs", guest.sh("cat /run/longest").trim());
+    assert_nothing_left(&guest);
+}
+
+/// Neither in QEMU nor in the scratch directory.
+fn assert_nothing_left(guest: &Guest) {
     let scratch = guest.disk().with_file_name("scratch");
     assert_eq!(fs::read_dir(scratch).unwrap().count(), 0);
+    let nodes = guest.qmp("query-named-block-nodes");
+    assert!(!nodes.contains("imaged-"), "{nodes}");
+    assert_eq!(guest.qmp("query-block-exports"), "[]");
+    // Its own node again, by name.
+    assert!(guest.qmp("query-blockstats").contains(r#""node-name": "boot""#));
+}
+
+/// Waits until the guest has written more records.
+fn assert_it_writes(guest: &Guest) {
+    let count = || guest.sh("wc -l < /records").trim().parse::<u64>().unwrap();
+    let before = count();
+    wait_for("the guest to write", Duration::from_secs(10), || (count() > before).then_some(()));
+}
+
+/// Asks for an image and returns the work request once it reads.
+fn reading(daemon: &Daemon, more: &[&str]) -> String {
+    let args = ["image", "create", "--instance-id", "web-1"];
+    let started = daemon.json(&[&args[..], more].concat());
+    let request = started["opc-work-request-id"].as_str().unwrap().to_owned();
+    wait_for("the capture to read", Duration::from_secs(60), || {
+        let now = status(daemon, &request);
+        assert!(now["time-finished"].is_null(), "{now}");
+        (now["phase"] == "read").then_some(())
+    });
+    request
+}
+
+#[test]
+#[ignore = "needs root, QEMU and a minute"]
+fn qemu_guest_gets_its_disk_back_from_a_daemon_that_was_killed_or_stopped() {
+    let guest = Guest::boot();
+    start_writer(&guest);
+    let running = daemon(&guest);
+    let request = reading(&running, &[]);
+    let kept = running.kill().unwrap();
+    assert_it_writes(&guest);
+    assert!(guest.qmp("query-block-exports").contains("imaged-"), "the capture had not begun");
+
+    let running = Daemon::start_in(kept.path(), &config(&guest));
+    let ended = status(&running, &request);
+    assert_eq!(ended["status"], "FAILED");
+    assert!(ended["logs"].to_string().contains("took the snapshot out"), "{ended}");
+    assert_nothing_left(&guest);
+    assert_it_writes(&guest);
+
+    // In order: what is being done is undone before the end.
+    let request = reading(&running, &["--consistency", "crash"]);
+    running.stop();
+    assert_nothing_left(&guest);
+    let running = Daemon::start_in(kept.path(), &config(&guest));
+    assert_eq!(status(&running, &request)["errors"][0]["code"], "DAEMON_STOPPED");
+
+    // A cancelled one, and then one that is whole.
+    let request = reading(&running, &[]);
+    running.json(&["work-request", "cancel", "--work-request-id", &request]);
+    wait_for("the end", Duration::from_secs(30), || {
+        (status(&running, &request)["status"] == "CANCELED").then_some(())
+    });
+    assert_nothing_left(&guest);
+    let image = capture(&running, &[]);
+    assert_prefix(&records(&object(&running, &image), false));
+
+    // QEMU ends in the middle.
+    let request = reading(&running, &[]);
+    guest.vm("kill", &[]);
+    let said = running.refusal(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(said.contains("QEMU"), "{said}");
+    let scratch = guest.disk().with_file_name("scratch");
+    assert_eq!(fs::read_dir(scratch).unwrap().count(), 0);
+}
+
+#[test]
+#[ignore = "needs root, QEMU and a minute"]
+fn qemu_guest_that_overwrites_too_much_loses_its_image_and_nothing_else() {
+    let guest = Guest::boot();
+    start_writer(&guest);
+    let mut config = config(&guest);
+    config.lines = config.lines.replace("1GiB", "2MiB");
+    let daemon = Daemon::start(&config);
+    let request = reading(&daemon, &[]);
+    // From another connection than the daemon's, which needs none now.
+    guest.sh("head -c 30000000 /dev/urandom > /large; sync");
+    let said = daemon.refusal(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(said.contains("overwrote more than the 2.00 MiB of scratch"), "{said}");
+    assert_nothing_left(&guest);
+    assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
+    assert_it_writes(&guest);
+}
+
+#[test]
+#[ignore = "needs QEMU and a minute"]
+fn qemu_guest_without_an_agent_is_refused_and_not_downgraded() {
+    let guest = Guest::boot();
+    let mut config = config(&guest);
+    let without = guest.instance().lines().take(2).map(|line| format!("{line}\n")).collect();
+    config.instances = vec![("web-1".into(), without)];
+    let daemon = Daemon::start(&config);
+    let said = daemon.refusal(&["image", "create", "--instance-id", "web-1"]);
+    assert!(said.contains("nothing can freeze instance \"web-1\""), "{said}");
+    assert!(said.contains("ask for a crash-consistent image"), "{said}");
 }

@@ -297,7 +297,8 @@ async fn qemu_is_watched_from_greeting_to_death() {
 async fn qemu_guest_freezes_thaws_and_blows_its_fuse() {
     let guest = Guest::boot();
     let recorder = Arc::new(Recorder::new());
-    let agent = Agent::connect(&guest.agent_socket(), Arc::clone(&recorder), later()).await.unwrap();
+    let agent =
+        Agent::connect(&guest.agent_socket(), Arc::clone(&recorder), later()).await.unwrap();
 
     let info = agent.info(later()).await.unwrap();
     assert!(info.version.starts_with("7.2") && info.allows("guest-exec"), "{info:?}");
@@ -327,7 +328,8 @@ async fn qemu_guest_freezes_thaws_and_blows_its_fuse() {
     assert_eq!(agent.freeze_status(later()).await.unwrap(), FreezeStatus::Frozen);
     // Another client of a daemon that has died meanwhile.
     drop(agent);
-    let agent = Agent::connect(&guest.agent_socket(), Arc::clone(&recorder), later()).await.unwrap();
+    let agent =
+        Agent::connect(&guest.agent_socket(), Arc::clone(&recorder), later()).await.unwrap();
     assert_eq!(agent.freeze_status(later()).await.unwrap(), FreezeStatus::Frozen);
     assert_eq!(agent.thaw(later()).await.unwrap(), frozen);
 

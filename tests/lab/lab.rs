@@ -258,12 +258,20 @@ impl Guest {
 
     /// A verb of `tests/lab/vm.py`.
     pub fn vm(&self, verb: &str, args: &[&str]) -> String {
-        run("tests/lab/vm.py", &[&[verb, "--dir", self.dir.path().to_str().unwrap()], args].concat())
+        run(
+            "tests/lab/vm.py",
+            &[&[verb, "--dir", self.dir.path().to_str().unwrap()], args].concat(),
+        )
     }
 
     /// Runs a shell script in it, and returns what it printed.
     pub fn sh(&self, script: &str) -> String {
         self.vm("exec", &["/bin/sh", "-c", script])
+    }
+
+    /// What its QEMU answers to a question, in JSON.
+    pub fn qmp(&self, question: &str) -> String {
+        self.vm("qmp", &[question])
     }
 
     /// Its disk.

@@ -75,15 +75,17 @@ pub(super) fn boot_disk(
         return refused("its QEMU does not tell which node its boot disk uses");
     };
     if disk.driver == "copy-before-write" {
-        return refused("its boot disk has a copy-before-write filter: a backup of it is under way");
+        return refused(
+            "its boot disk has a copy-before-write filter: a backup of it is under way",
+        );
     }
     let raw = matches!(disk.driver.as_str(), "raw" | "file" | "host_device");
     let size = match raw {
         // QEMU counts whole sectors.
-        true => exact_size(volume, disk.image.virtual_size).context(
-            Reason::VolumeUnavailable,
-            || format!("cannot measure the boot volume {}", volume.display()),
-        )?,
+        true => exact_size(volume, disk.image.virtual_size)
+            .context(Reason::VolumeUnavailable, || {
+                format!("cannot measure the boot volume {}", volume.display())
+            })?,
         false => disk.image.virtual_size,
     };
     Ok(BootDisk { device: device.clone(), node, raw, size: ByteSize(size) })

@@ -73,9 +73,8 @@ impl Freezer {
             }
         }
         if agent.freeze_status(within(COMMAND)).await? == FreezeStatus::Frozen {
-            return Err(Error::new(Reason::SnapshotRefused, "the guest is frozen already").advice(
-                "end the backup that froze it, or thaw it by `guest-fsfreeze-thaw`",
-            ));
+            return Err(Error::new(Reason::SnapshotRefused, "the guest is frozen already")
+                .advice("end the backup that froze it, or thaw it by `guest-fsfreeze-thaw`"));
         }
         let windows = match info.allows("guest-get-osinfo") {
             true => agent.os_info(within(COMMAND)).await?.is_windows(),

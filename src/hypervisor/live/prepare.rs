@@ -61,9 +61,8 @@ pub async fn prepare(
         }
         (Mode::Freeze, None) => {
             let context = format!("nothing can freeze instance {:?}", instance.name);
-            let error = Error::new(Reason::GuestAgentUnavailable, context).because(
-                "its file in `instances.d` names no `agent_socket`",
-            );
+            let error = Error::new(Reason::GuestAgentUnavailable, context)
+                .because("its file in `instances.d` names no `agent_socket`");
             return Err(error.advice(CRASH).field("instance_id"));
         }
     };
@@ -124,8 +123,10 @@ async fn look(qmp: &Qmp, instance: &Instance) -> Result<BootDisk> {
     let disk = found.context(Reason::Internal, || "the search for the boot disk ended early")??;
     let kind = qmp.execute(Command::device_type(disk.device.clone()), within(COMMAND)).await?;
     if ["scsi-block", "scsi-generic"].contains(&kind.as_str()) {
-        return Err(refused(format!("its boot disk is a {kind}, which writes past QEMU's filters"))
-            .advice("attach it as scsi-hd or virtio-blk, or shut the instance down"));
+        return Err(refused(format!(
+            "its boot disk is a {kind}, which writes past QEMU's filters"
+        ))
+        .advice("attach it as scsi-hd or virtio-blk, or shut the instance down"));
     }
     Ok(disk)
 }
@@ -148,13 +149,13 @@ async fn room(dir: PathBuf, wanted: ByteSize) -> Result<()> {
         let space = nix::sys::statvfs::statvfs(&dir)?;
         Ok::<_, std::io::Error>(ByteSize(space.blocks_available() * space.fragment_size()))
     });
-    let free = looked
-        .await
-        .map_err(std::io::Error::other)
-        .flatten()
-        .context(Reason::Internal, || format!("the scratch directory {shown} cannot be used"))?;
+    let free =
+        looked.await.map_err(std::io::Error::other).flatten().context(Reason::Internal, || {
+            format!("the scratch directory {shown} cannot be used")
+        })?;
     if free < wanted {
-        let context = format!("the scratch directory {shown} has {free} and {wanted} may be needed");
+        let context =
+            format!("the scratch directory {shown} has {free} and {wanted} may be needed");
         return Err(Error::new(Reason::SnapshotRefused, context)
             .advice("make room, or set `scratch_size` or `scratch_dir`"));
     }

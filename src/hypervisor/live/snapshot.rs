@@ -128,7 +128,8 @@ impl Ready {
             format!("no scratch file can be made in {}", self.undo.dir.display())
         })?;
         let odd = || format!("QEMU cannot be told of {}", self.undo.dir.display());
-        let file = FilePath::new(&self.undo.dir.join(SCRATCH_FILE)).context(Reason::Internal, odd)?;
+        let file =
+            FilePath::new(&self.undo.dir.join(SCRATCH_FILE)).context(Reason::Internal, odd)?;
         let socket =
             SocketPath::new(&self.undo.dir.join(SOCKET_FILE)).context(Reason::Internal, odd)?;
         let Names { scratch, overlay, .. } = self.names.clone();

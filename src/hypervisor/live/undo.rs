@@ -113,7 +113,8 @@ async fn end_exports(qmp: &Qmp, names: &Names) -> Result<()> {
 }
 
 async fn switch_back(qmp: &Qmp, undo: &Undo, names: &Names) -> Result<()> {
-    let odd = || format!("the journal's words for the disk of instance {:?} are odd", undo.instance);
+    let odd =
+        || format!("the journal's words for the disk of instance {:?} are odd", undo.instance);
     let device = undo.device.parse().context(Reason::Internal, odd)?;
     let node = undo.node.parse().context(Reason::Internal, odd)?;
     let filter = NodeRef::from(&names.filter);
