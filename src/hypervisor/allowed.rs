@@ -48,7 +48,8 @@ mod tests {
     #[test]
     fn no_command_that_gives_everything_away() {
         for list in [qmp::ALLOWED, agent::ALLOWED] {
-            for name in ["human-monitor-command", "quit", "qom-list", "guest-file-open", "migrate"] {
+            for name in ["human-monitor-command", "quit", "qom-list", "guest-file-open", "migrate"]
+            {
                 assert_eq!(find(list, name), None);
             }
         }

@@ -2,7 +2,15 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Write},
+    net::Shutdown,
+    os::unix::net::{UnixListener, UnixStream},
     path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
     time::Duration,
 };
 
@@ -74,8 +82,11 @@ fn records(object: &Path, replay: bool) -> Vec<String> {
     let disk = dir.path().join("disk.raw").display().to_string();
     run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", object.to_str().unwrap(), &disk]);
     // Where the root's partition begins.
-    let root = format!("{disk}?offset=1048576");
+    let mut root = format!("{disk}?offset=1048576");
     if replay {
+        root = dir.path().join("root").display().to_string();
+        let (from, to) = (format!("if={disk}"), format!("of={root}"));
+        run("dd", &[&from, &to, "bs=1M", "skip=1", "conv=sparse", "status=none"]);
         // 1: the journal was replayed, and all is well.
         run("sh", &["-c", &format!("e2fsck -E journal_only -p '{root}' || [ $? = 1 ]")]);
     }
@@ -202,9 +213,11 @@ fn qemu_guest_that_overwrites_too_much_loses_its_image_and_nothing_else() {
     let mut config = config(&guest);
     config.lines = config.lines.replace("1GiB", "2MiB");
     let daemon = Daemon::start(&config);
+    guest.sh(
+        "setsid sh -c 'while :; do dd if=/dev/zero of=/large bs=1M count=30 conv=fsync; done' \
+         >/dev/null 2>&1 </dev/null &",
+    );
     let request = reading(&daemon, &[]);
-    // From another connection than the daemon's, which needs none now.
-    guest.sh("head -c 30000000 /dev/urandom > /large; sync");
     let said = daemon.refusal(&["work-request", "watch", "--work-request-id", &request]);
     assert!(said.contains("overwrote more than the 2.00 MiB of scratch"), "{said}");
     assert_nothing_left(&guest);
@@ -223,4 +236,125 @@ fn qemu_guest_without_an_agent_is_refused_and_not_downgraded() {
     let said = daemon.refusal(&["image", "create", "--instance-id", "web-1"]);
     assert!(said.contains("nothing can freeze instance \"web-1\""), "{said}");
     assert!(said.contains("ask for a crash-consistent image"), "{said}");
+}
+
+/// Between imaged and a guest's agent: passes everything on but lines with a
+/// word that it was told to lose.
+struct Proxy {
+    socket: PathBuf,
+    lose: Arc<Mutex<Option<&'static str>>>,
+    lost: Arc<AtomicBool>,
+}
+
+impl Proxy {
+    fn new(guest: &Guest, lose: &'static str) -> Self {
+        let socket = guest.disk().with_file_name("proxy.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let lose = Arc::new(Mutex::new(Some(lose)));
+        let lost = Arc::new(AtomicBool::new(false));
+        let (agent, losing, seen) = (guest.agent_socket(), Arc::clone(&lose), Arc::clone(&lost));
+        thread::spawn(move || {
+            // One client at a time, as QEMU does.
+            for client in listener.incoming() {
+                let (Ok(client), Ok(agent)) = (client, UnixStream::connect(&agent)) else { return };
+                let pass = |from: &UnixStream, to: &UnixStream| {
+                    let (from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    let (losing, seen) = (Arc::clone(&losing), Arc::clone(&seen));
+                    thread::spawn(move || {
+                        let mut lines = BufReader::new(&from);
+                        let mut line = Vec::new();
+                        while lines.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+                            let word = *losing.lock().unwrap();
+                            let text = String::from_utf8_lossy(&line);
+                            match word.is_some_and(|word| text.contains(word)) {
+                                true => seen.store(true, Ordering::SeqCst),
+                                false if to.write_all(&line).is_err() => break,
+                                false => {}
+                            }
+                            line.clear();
+                        }
+                        let _ = to.shutdown(Shutdown::Both);
+                    })
+                };
+                let (up, down) = (pass(&client, &agent), pass(&agent, &client));
+                up.join().unwrap();
+                let _ = client.shutdown(Shutdown::Both);
+                down.join().unwrap();
+            }
+        });
+        Self { socket, lose, lost }
+    }
+
+    fn config(&self, guest: &Guest) -> Config {
+        let mut config = config(guest);
+        let (real, proxy) = (guest.agent_socket(), &self.socket);
+        config.instances[0].1 =
+            config.instances[0].1.replace(real.to_str().unwrap(), proxy.to_str().unwrap());
+        config
+    }
+
+    fn wait_until_lost(&self) {
+        wait_for("the proxy to lose a line", Duration::from_secs(30), || {
+            self.lost.load(Ordering::SeqCst).then_some(())
+        });
+    }
+
+    fn heal(&self) {
+        *self.lose.lock().unwrap() = None;
+    }
+}
+
+/// Writes that the guest's disk has seen, asked past the agent, which runs
+/// nothing while it thinks that the guest is frozen.
+fn writes(guest: &Guest) -> u64 {
+    let statistics: Value = serde_json::from_str(&guest.qmp("query-blockstats")).unwrap();
+    let disks = statistics.as_array().unwrap().iter();
+    disks.map(|disk| disk["stats"]["wr_operations"].as_u64().unwrap()).sum()
+}
+
+#[test]
+#[ignore = "needs root, QEMU and a minute"]
+fn qemu_guest_that_a_dead_daemon_left_frozen_thaws_by_its_fuse() {
+    let guest = Guest::boot();
+    start_writer(&guest);
+    let proxy = Proxy::new(&guest, "\"execute\":\"guest-fsfreeze-thaw\"");
+    let running = Daemon::start(&proxy.config(&guest));
+    let started = running.json(&["image", "create", "--instance-id", "web-1"]);
+    let request = started["opc-work-request-id"].as_str().unwrap().to_owned();
+    proxy.wait_until_lost();
+    let kept = running.kill().unwrap();
+
+    // Nobody is there to thaw it.
+    let before = writes(&guest);
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(writes(&guest), before, "it was not frozen");
+    wait_for("the fuse", Duration::from_secs(40), || (writes(&guest) > before).then_some(()));
+
+    proxy.heal();
+    let running = Daemon::start_in(kept.path(), &proxy.config(&guest));
+    assert_eq!(status(&running, &request)["status"], "FAILED");
+    assert_nothing_left(&guest);
+    running.stop();
+    assert_it_writes(&guest);
+    assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
+}
+
+#[test]
+#[ignore = "needs root, QEMU and a minute"]
+fn qemu_guest_whose_freeze_is_not_answered_is_thawed() {
+    let guest = Guest::boot();
+    start_writer(&guest);
+    // The answer to a freeze, or to a thaw: how many there were.
+    let proxy = Proxy::new(&guest, "{\"return\": 1}");
+    let running = Daemon::start(&proxy.config(&guest));
+    let started = running.json(&["image", "create", "--instance-id", "web-1"]);
+    let request = started["opc-work-request-id"].as_str().unwrap().to_owned();
+    proxy.wait_until_lost();
+    proxy.heal();
+    let said = running.refusal(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(said.contains("the guest agent did not freeze the guest's filesystems"), "{said}");
+    assert_nothing_left(&guest);
+    running.stop();
+    assert_it_writes(&guest);
+    assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
 }
