@@ -143,6 +143,7 @@ mod tests {
         WORK_REQUEST_NOT_FOUND: NotFound
         STORE_NOT_FOUND: NotFound
         VOLUME_HELD: FailedPrecondition
+        SNAPSHOT_REFUSED: FailedPrecondition
         SOURCE_LOCKED: Aborted
         IMAGE_LOCKED: Aborted
         TOO_MANY_REQUESTS: ResourceExhausted
@@ -151,6 +152,7 @@ mod tests {
         PERMISSION_DENIED: PermissionDenied
         VOLUME_UNAVAILABLE: Unavailable
         READ_FAILED: Unavailable
+        SNAPSHOT_BROKEN: Unavailable
         STORE_FULL: ResourceExhausted
         STORE_UNAVAILABLE: Unavailable
         IMAGE_CORRUPT: DataLoss

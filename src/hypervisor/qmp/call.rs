@@ -62,7 +62,6 @@ pub(super) enum Call {
     JobDismiss {
         id: JobId,
     },
-    Stop,
     Cont,
 }
 
@@ -195,7 +194,6 @@ impl Call {
             Self::JobPause { .. } => "job-pause",
             Self::JobCancel { .. } => "job-cancel",
             Self::JobDismiss { .. } => "job-dismiss",
-            Self::Stop => "stop",
             Self::Cont => "cont",
         }
     }
@@ -240,7 +238,6 @@ impl Call {
             Self::JobPause { id } => format!("pause the job {id}"),
             Self::JobCancel { id } => format!("cancel the job {id}"),
             Self::JobDismiss { id } => format!("forget the job {id}"),
-            Self::Stop => "stop the virtual CPUs".into(),
             Self::Cont => "let the virtual CPUs run".into(),
         }
     }

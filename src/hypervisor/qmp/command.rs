@@ -25,10 +25,7 @@ pub const ALLOWED: &[Allowed] = &[
         name: "query-named-block-nodes",
         why: "the block nodes, to find what an imaged that died has left",
     },
-    Allowed {
-        name: "query-blockstats",
-        why: "the guest's latency, to step back when it rises; which node a device uses",
-    },
+    Allowed { name: "query-blockstats", why: "which node a device uses" },
     Allowed { name: "query-jobs", why: "progress and errors of the backup job" },
     Allowed {
         name: "query-block-exports",
@@ -59,12 +56,8 @@ pub const ALLOWED: &[Allowed] = &[
     Allowed { name: "job-cancel", why: "jobs named `imaged-…`, no others" },
     Allowed { name: "job-dismiss", why: "jobs named `imaged-…`, no others" },
     Allowed {
-        name: "stop",
-        why: "stops the virtual CPUs for milliseconds, when a crash-consistent image was asked for",
-    },
-    Allowed {
         name: "cont",
-        why: "lets them run again, also after an I/O error that imaged has caused",
+        why: "lets the virtual CPUs run again after an I/O error that imaged has caused",
     },
 ];
 
@@ -271,12 +264,6 @@ impl Command<Done> {
         Call::JobDismiss { id }.into()
     }
 
-    /// Stops the virtual CPUs. QEMU answers after the disks are quiet.
-    #[must_use]
-    pub fn stop() -> Self {
-        Call::Stop.into()
-    }
-
     /// Lets the virtual CPUs run.
     #[must_use]
     pub fn cont() -> Self {
@@ -350,7 +337,6 @@ pub(super) mod tests {
             Command::pause_job(own("imaged-j")).call,
             Command::cancel_job(own("imaged-j")).call,
             Command::dismiss_job(own("imaged-j")).call,
-            Command::stop().call,
             Command::cont().call,
         ]
     }
@@ -386,7 +372,6 @@ pub(super) mod tests {
         {"execute":"job-pause","arguments":{"id":"imaged-j"},"id":1}
         {"execute":"job-cancel","arguments":{"id":"imaged-j"},"id":1}
         {"execute":"job-dismiss","arguments":{"id":"imaged-j"},"id":1}
-        {"execute":"stop","id":1}
         {"execute":"cont","id":1}
         "##);
     }

@@ -124,39 +124,39 @@ async fn commands_are_answered_and_recorded() {
 #[tokio::test]
 async fn a_late_answer_is_not_taken_for_another() {
     let (qmp, recorder, peer) = session(async |mut peer: Peer| {
-        let late = peer.expect("stop").await;
+        let late = peer.expect("cont").await;
         let now = peer.expect("query-status").await;
         peer.done(late, "{}").await;
         peer.done(now, r#"{"running": false, "status": "paused"}"#).await;
     })
     .await;
-    let error = qmp.execute(Command::stop(), soon()).await.unwrap_err();
+    let error = qmp.execute(Command::cont(), soon()).await.unwrap_err();
     assert_eq!(error.reason(), Reason::HypervisorTimeout);
-    assert_eq!(error.to_string(), "QEMU did not stop the virtual CPUs within 0.2 s");
+    assert_eq!(error.to_string(), "QEMU did not let the virtual CPUs run within 0.2 s");
     let status = qmp.execute(Command::query_status(), later()).await.unwrap();
     assert_eq!(status.status, "paused");
     peer.await.unwrap();
     let late =
-        recorder.trace().entries.into_iter().any(|e| e.kind == Kind::Answer && e.name == "stop");
+        recorder.trace().entries.into_iter().any(|e| e.kind == Kind::Answer && e.name == "cont");
     assert!(late, "the late answer is in the recording");
 }
 
 #[tokio::test]
 async fn death_in_the_middle_wakes_every_waiter() {
     let (qmp, _, peer) = session(async |mut peer: Peer| {
-        peer.expect("stop").await;
+        peer.expect("cont").await;
         peer.expect("query-jobs").await;
     })
     .await;
     let mut events = qmp.events();
     let (stop, jobs) = tokio::join!(
-        qmp.execute(Command::stop(), later()),
+        qmp.execute(Command::cont(), later()),
         qmp.execute(Command::query_jobs(), later()),
     );
     assert_eq!(jobs.unwrap_err().reason(), Reason::HypervisorGone);
     insta::assert_snapshot!(report(&stop.unwrap_err()), @r#"
     HYPERVISOR_GONE
-    QEMU can no longer stop the virtual CPUs
+    QEMU can no longer let the virtual CPUs run
       0: QEMU has closed the connection
     "#);
     let after = qmp.execute(Command::cont(), later()).await.unwrap_err();
