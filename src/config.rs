@@ -90,6 +90,15 @@ pub struct Config {
     pub max_captures: NonZeroUsize,
     /// Work requests that may wait; more are refused. Default: 100.
     pub max_queued: usize,
+    /// Directory of what running instances overwrite while they are imaged;
+    /// the users that their QEMUs run as must be able to pass through it.
+    /// Default: `scratch` in the state directory.
+    #[serde(deserialize_with = "absolute")]
+    pub scratch_dir: PathBuf,
+    /// Most that one instance may overwrite before its image fails; as much
+    /// must be free when it begins. Default: `"10GiB"`.
+    #[serde(deserialize_with = "size")]
+    pub scratch_size: ByteSize,
     /// Seconds, 1 to 1200. Work that gets no further for so long, because a
     /// device or a store does not answer, is ended, so that its instance does
     /// not stay locked. Default: 1200.
@@ -145,6 +154,8 @@ impl Default for Config {
             warn_volume_size: ByteSize(400_000_000_000),
             max_captures: values::DEFAULT_CAPTURES,
             max_queued: 100,
+            scratch_dir: PathBuf::new(),
+            scratch_size: ByteSize::gib(10),
             progress_timeout: values::MAX_PROGRESS_TIMEOUT,
             default_store: String::new(),
             stores: BTreeMap::new(),
@@ -186,6 +197,9 @@ pub fn parse(text: &str, origin: &Path) -> Result<Config> {
         config.stores.insert("local".into(), local);
     }
     config.default_store = default_store(&config, &source)?;
+    if config.scratch_dir.as_os_str().is_empty() {
+        config.scratch_dir = config.state_dir.join("scratch");
+    }
     for name in config.stores.keys() {
         // Store names appear in manifests and on command lines.
         if let Err(cause) = name.parse::<CompartmentId>() {
@@ -339,7 +353,7 @@ mod tests {
 
     #[test]
     fn an_unknown_key_names_file_line_and_key() {
-        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `progress_timeout_seconds`, `default_store`, `stores`");
+        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `scratch_dir`, `scratch_size`, `progress_timeout_seconds`, `default_store`, `stores`");
     }
 
     #[test]

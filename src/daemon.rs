@@ -116,6 +116,7 @@ where
         warn_volume: config.warn_volume_size,
         max_captures: config.max_captures,
         max_queued: config.max_queued,
+        scratch_size: config.scratch_size,
         progress_timeout: config.progress_timeout,
         architecture: std::env::consts::ARCH.into(),
     };

@@ -38,6 +38,10 @@ pub enum ErrorKind {
     Device,
     /// A store failed or is full.
     Store,
+    /// What runs the instance failed, refused or is gone.
+    Hypervisor,
+    /// The guest, or its agent, failed, refused or does not answer.
+    Guest,
     /// This version or this host cannot do it.
     Unsupported,
     /// Someone asked for the end.
@@ -98,6 +102,8 @@ reasons! {
     StoreNotFound = "STORE_NOT_FOUND": NotFound,
     /// Something uses the volume.
     VolumeHeld = "VOLUME_HELD": Busy,
+    /// Something stands against a snapshot of the instance.
+    SnapshotRefused = "SNAPSHOT_REFUSED": Busy,
     /// A work request holds the instance or volume.
     SourceLocked = "SOURCE_LOCKED": Busy,
     /// A work request holds the image.
@@ -106,12 +112,16 @@ reasons! {
     TooManyRequests = "TOO_MANY_REQUESTS": Busy,
     /// Another imaged serves this socket or state directory.
     DaemonRunning = "DAEMON_RUNNING": Busy,
+    /// Another program has QEMU's monitor.
+    HypervisorBusy = "HYPERVISOR_BUSY": Busy,
     /// The peer has no right to call.
     PermissionDenied = "PERMISSION_DENIED": Denied,
     /// A volume cannot be opened or measured.
     VolumeUnavailable = "VOLUME_UNAVAILABLE": Device,
     /// A read of the volume failed.
     ReadFailed = "READ_FAILED": Device,
+    /// The snapshot of a running instance's volume was given up.
+    SnapshotBroken = "SNAPSHOT_BROKEN": Device,
     /// The store has no room.
     StoreFull = "STORE_FULL": Store,
     /// The store cannot be reached, read or written.
@@ -124,6 +134,25 @@ reasons! {
     ImageUnreadable = "IMAGE_UNREADABLE": Store,
     /// This host cannot confine what parses foreign bytes.
     ConfinementUnavailable = "CONFINEMENT_UNAVAILABLE": Unsupported,
+    /// QEMU has ended, or does not run.
+    HypervisorGone = "HYPERVISOR_GONE": Hypervisor,
+    /// QEMU did not do in time what it was asked for, and may do it yet.
+    HypervisorTimeout = "HYPERVISOR_TIMEOUT": Hypervisor,
+    /// QEMU refused what it was asked for.
+    HypervisorRefused = "HYPERVISOR_REFUSED": Hypervisor,
+    /// QEMU cannot be reached or understood.
+    HypervisorUnavailable = "HYPERVISOR_UNAVAILABLE": Hypervisor,
+    /// No guest agent answers.
+    GuestAgentUnavailable = "GUEST_AGENT_UNAVAILABLE": Guest,
+    /// The guest agent did not say in time whether it did what it was asked
+    /// for, and may do it yet.
+    GuestAgentTimeout = "GUEST_AGENT_TIMEOUT": Guest,
+    /// The guest agent refused what it was asked for.
+    GuestAgentRefused = "GUEST_AGENT_REFUSED": Guest,
+    /// The guest's administrator disabled it, or its agent is too old for it.
+    GuestAgentDisabled = "GUEST_AGENT_DISABLED": Guest,
+    /// This QEMU is too old for it.
+    HypervisorUnsupported = "HYPERVISOR_UNSUPPORTED": Unsupported,
     /// The instance runs, which this version cannot image.
     InstanceRunning = "INSTANCE_RUNNING": Unsupported,
     /// Someone cancelled the work request.

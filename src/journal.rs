@@ -355,6 +355,7 @@ mod tests {
             logs: Vec::new(),
             requested_by: "uid 0 (root)".into(),
             retry: None,
+            undo: None,
         }
     }
 

@@ -21,12 +21,14 @@ pub use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    error::Result,
+    error::{Error, Result},
     model::{
         ByteSize, ImageId, Timestamp,
         host::Space,
         image::{Manifest, ObjectDigest, Record, Stored},
         instance::{Instance, PowerState},
+        live::{LiveSource, Mode, PointInTime, Undo},
+        trace::Trace,
         work_request::WorkRequest,
     },
 };
@@ -44,6 +46,82 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// Whether `instance` runs. Never fails: what cannot be determined is
     /// [`PowerState::Unknown`]. Bounded to a few seconds.
     fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState>;
+
+    /// Looks whether a snapshot of the running `instance` can be taken in
+    /// this way, and changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// All that begin with `HYPERVISOR_` and `GUEST_AGENT_`;
+    /// `SNAPSHOT_REFUSED` for what the instance lacks.
+    fn prepare<'a>(
+        &'a self,
+        instance: &'a Instance,
+        order: SnapshotOrder,
+    ) -> BoxFuture<'a, Result<Box<dyn Prepared>>>;
+
+    /// Takes a snapshot back that another session took: thaws the guest,
+    /// gives it its disk back, removes what was added. What is gone already
+    /// is success, a QEMU that has ended too.
+    ///
+    /// # Errors
+    ///
+    /// As [`prepare`](Self::prepare): it is to be tried again.
+    fn undo<'a>(&'a self, undo: &'a Undo) -> BoxFuture<'a, Result<()>>;
+}
+
+/// How a snapshot is to be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SnapshotOrder {
+    /// Of what consistency.
+    pub mode: Mode,
+    /// Most bytes that the guest may overwrite meanwhile.
+    pub scratch: ByteSize,
+}
+
+/// A snapshot that can be taken.
+pub trait Prepared: Send + fmt::Debug {
+    /// What will take it back. To be kept durably before it is taken.
+    fn undo(&self) -> &Undo;
+    /// Exact size of the volume.
+    fn size(&self) -> ByteSize;
+    /// Takes the point in time. When this returns, the guest is not held, or
+    /// nothing could be done about it. After an error the snapshot is to be
+    /// taken back by [`Hypervisor::undo`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Hypervisor::prepare`].
+    fn take(self: Box<Self>) -> BoxFuture<'static, Result<Box<dyn LiveSnapshot>>>;
+    /// What was said to the instance so far.
+    fn trace(&self) -> Trace;
+}
+
+/// A snapshot of a running instance. Dropped without
+/// [`release`](Self::release) it stays until [`Hypervisor::undo`].
+pub trait LiveSnapshot: Send + Sync + fmt::Debug {
+    /// The point in time.
+    fn point(&self) -> &PointInTime;
+    /// Where it is read.
+    fn source(&self) -> &LiveSource;
+    /// Waits until it can no longer be right: its scratch is full, or QEMU
+    /// has ended.
+    fn lost(&self) -> BoxFuture<'_, Error>;
+    /// Takes it back.
+    ///
+    /// # Errors
+    ///
+    /// As [`Hypervisor::undo`], which is to be asked then.
+    fn release(self: Box<Self>) -> BoxFuture<'static, Result<Released>>;
+}
+
+/// A snapshot that is no more.
+#[derive(Debug, Clone)]
+pub struct Released {
+    /// Bytes of scratch that it took.
+    pub scratch: ByteSize,
+    /// What was said to the instance.
+    pub trace: Trace,
 }
 
 /// The volumes of this host.
@@ -57,6 +135,13 @@ pub trait Volumes: Send + Sync + fmt::Debug {
     /// `VOLUME_EMPTY`, `VOLUME_HELD` (naming the holder) and
     /// `VOLUME_UNAVAILABLE`.
     fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>>;
+    /// Opens the snapshot of a volume that its guest goes on writing to. What
+    /// is read of it is right only when all of it was read with success.
+    ///
+    /// # Errors
+    ///
+    /// As [`hold`](Self::hold), but for `VOLUME_HELD`; `SNAPSHOT_BROKEN`.
+    fn live<'a>(&'a self, source: &'a LiveSource) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>>;
 }
 
 /// A volume that nothing else writes to.

@@ -13,7 +13,7 @@ use super::{
     Held, ReaderSettings,
     holder::{Holder, Host, Openers},
     map,
-    open::{self, Named, Opened},
+    open::{self, Named, Opened, Sharing},
     qemu_lock::{self, Locked},
     reader::Source,
     writes::Writes,
@@ -59,7 +59,7 @@ pub(super) fn hold(
     };
     let mut tries = 0;
     let Opened { file, size, sector_size } = loop {
-        if let Some(opened) = named.open()? {
+        if let Some(opened) = named.open(Sharing::Nobody)? {
             break opened;
         }
         match holder(Openers::Everyone)? {
@@ -88,9 +88,30 @@ pub(super) fn hold(
     open::flush(&file, &path)?;
     let writes = Writes::until_now(host, identity, &file)
         .context(Reason::VolumeUnavailable, || format!("cannot measure {}", path.display()))?;
-    let tail = cut_off_tail(&path, identity, size, sector_size, backing.as_ref())?;
+    let source = measured(named, Opened { file, size, sector_size }, backing.as_ref())?;
+    Ok(Held { source, settings, _backing: backing.map(|backing| backing.file), writes })
+}
+
+/// Opens a volume that its guest writes to, for reads beside it, and maps it.
+/// The point in time must have been taken before: what the map calls a hole
+/// was one then, unless the guest has overwritten it since.
+pub(super) fn beside(host: &Host, allowed: &[PathBuf], asked: &Path) -> Result<Source> {
+    let named = Named::look_up(asked, allowed)?;
+    let Some(opened) = named.open(Sharing::Guest)? else {
+        return Err(held(&named.path, &Holder::Claimed));
+    };
+    let backing = backing_file(host, &opened.file, named.identity, opened.size);
+    open::flush(&opened.file, &named.path)?;
+    measured(named, opened, backing.as_ref())
+}
+
+/// Maps an open volume whose caches were written back.
+fn measured(named: Named, opened: Opened, backing: Option<&Backing>) -> Result<Source> {
+    let Named { path, identity, .. } = named;
+    let Opened { file, size, sector_size } = opened;
+    let tail = cut_off_tail(&path, identity, size, sector_size, backing)?;
     refuse_other_formats(&file, &path)?;
-    let data = match (identity, &backing) {
+    let data = match (identity, backing) {
         (Identity::File { .. }, _) => map::data_of_file(&file, 0..size).ok(),
         (_, Some(Backing { file, start })) => {
             file.sync_data().and_then(|()| map::data_of_file(file, *start..*start + size)).ok()
@@ -104,8 +125,7 @@ pub(super) fn hold(
         // What cannot be mapped is read.
         data: data.unwrap_or_else(|| map::everything(size)),
     };
-    let source = Source { file: Arc::new(file), facts, tail };
-    Ok(Held { source, settings, _backing: backing.map(|backing| backing.file), writes })
+    Ok(Source { file: Arc::new(file), facts, tail })
 }
 
 /// A disk image in another format, taken for a raw disk, would make an image

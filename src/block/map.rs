@@ -35,7 +35,7 @@ impl Map {
     }
 
     /// Adds a range that begins at or after the end of the last one.
-    fn push(&mut self, range: Range<u64>) {
+    pub(super) fn push(&mut self, range: Range<u64>) {
         if range.is_empty() {
             return;
         }
@@ -96,6 +96,18 @@ pub(super) fn data_of_file(file: impl AsFd, window: Range<u64>) -> io::Result<Ve
 pub(super) fn everything(size: u64) -> Vec<Range<u64>> {
     let mut map = Map::new();
     map.push(0..size);
+    map.into_ranges()
+}
+
+/// All of both maps.
+pub(super) fn united(one: &[Range<u64>], other: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut ranges: Vec<_> = one.iter().chain(other).collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    let (mut map, mut end) = (Map::new(), 0);
+    for range in ranges {
+        map.push(range.start.max(end)..range.end.max(end));
+        end = end.max(range.end);
+    }
     map.into_ranges()
 }
 

@@ -14,12 +14,15 @@
 mod device_tests;
 mod hold;
 mod holder;
+mod live;
 mod map;
+pub mod nbd;
 mod open;
 mod procfs;
 mod qemu_lock;
 mod queue;
 mod reader;
+pub mod reconcile;
 #[cfg(test)]
 mod tests;
 mod writes;
@@ -37,10 +40,11 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use self::writes::Writes;
-use self::{hold::hold, holder::Host, reader::Source};
+use self::{hold::hold, holder::Host, live::Live, reader::Source};
 pub use self::{queue::Engine, reader::ReaderSettings};
 use crate::{
     error::{Error, Reason, Result},
+    model::live::LiveSource,
     port::{BoxFuture, HeldVolume, Piece, VolumeFacts, Volumes},
     sys::ring::{Mode, ReadRing},
 };
@@ -86,42 +90,60 @@ pub fn uring_available() -> io::Result<Mode> {
     ReadRing::probe()
 }
 
-impl Volumes for HostVolumes {
-    fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
+impl HostVolumes {
+    /// Opens `volume` on a thread of its own, by what is allowed.
+    async fn open<V: HeldVolume + 'static>(
+        &self,
+        volume: &Path,
+        open: impl FnOnce(&Host, &[PathBuf], ReaderSettings) -> Result<V> + Send + 'static,
+    ) -> Result<Box<dyn HeldVolume>> {
         let (allowed, settings, host) =
             (Arc::clone(&self.allowed), self.settings, self.host.clone());
-        let asked = path.to_owned();
         let openings = Arc::clone(&self.openings);
-        Box::pin(async move {
-            let work = async {
-                // Held by the thread, not by who waits for it.
-                let place = openings.acquire_owned().await;
-                let work = move || {
-                    let _place = place;
-                    hold(&host, &allowed, settings, &asked)
-                };
-                tokio::task::spawn_blocking(work).await
+        let work = async {
+            // Held by the thread, not by who waits for it.
+            let place = openings.acquire_owned().await;
+            let work = move || {
+                let _place = place;
+                open(&host, &allowed, settings)
             };
-            // A device that does not answer keeps its thread; what it opens
-            // in the end is dropped at once.
-            match tokio::time::timeout(HOLD_DEADLINE, work).await {
-                Ok(Ok(held)) => Ok(Box::new(held?) as Box<dyn HeldVolume>),
-                Ok(Err(panic)) => Err(Error::new(
-                    Reason::Internal,
-                    format!("the opening of {} ended early", path.display()),
-                )
-                .because(panic)),
-                Err(_) => Err(Error::new(
-                    Reason::VolumeUnavailable,
-                    format!(
-                        "the volume {} did not answer within {} seconds",
-                        path.display(),
-                        HOLD_DEADLINE.as_secs()
-                    ),
-                )
-                .advice("look into the kernel's log")),
-            }
-        })
+            tokio::task::spawn_blocking(work).await
+        };
+        // A device that does not answer keeps its thread; what it opens in
+        // the end is dropped at once.
+        match tokio::time::timeout(HOLD_DEADLINE, work).await {
+            Ok(Ok(held)) => Ok(Box::new(held?) as Box<dyn HeldVolume>),
+            Ok(Err(panic)) => Err(Error::new(
+                Reason::Internal,
+                format!("the opening of {} ended early", volume.display()),
+            )
+            .because(panic)),
+            Err(_) => Err(Error::new(
+                Reason::VolumeUnavailable,
+                format!(
+                    "the volume {} did not answer within {} seconds",
+                    volume.display(),
+                    HOLD_DEADLINE.as_secs()
+                ),
+            )
+            .advice("look into the kernel's log")),
+        }
+    }
+}
+
+impl Volumes for HostVolumes {
+    fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
+        let asked = path.to_owned();
+        Box::pin(
+            self.open(path, move |host, allowed, settings| hold(host, allowed, settings, &asked)),
+        )
+    }
+
+    fn live<'a>(&'a self, source: &'a LiveSource) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
+        let from = source.clone();
+        Box::pin(self.open(&source.volume, move |host, allowed, settings| {
+            Live::open(host, allowed, settings, &from)
+        }))
     }
 }
 
@@ -148,7 +170,7 @@ impl HeldVolume for Held {
     }
 
     fn read(&mut self, pieces: &SyncSender<Piece>, stop: &CancellationToken) -> Result<()> {
-        reader::read(&self.source, self.settings, pieces, stop)?;
+        reader::read(&self.source, self.settings, None, pieces, stop)?;
         self.writes.none_since(&self.source.file, &self.source.facts.path)
     }
 }

@@ -45,6 +45,15 @@ pub(super) struct Named {
     pub(super) identity: Identity,
 }
 
+/// With whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Sharing {
+    /// Nobody else may have it.
+    Nobody,
+    /// The guest that it belongs to.
+    Guest,
+}
+
 /// How to open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cache {
@@ -105,17 +114,21 @@ impl Named {
         Ok(Self { found, path: real, identity })
     }
 
-    /// Opens it for direct reads; a block device exclusively, so that the
-    /// kernel refuses to mount or stack it meanwhile. `None`: it is claimed
-    /// already.
+    /// Opens it for direct reads. [`Sharing::Nobody`] opens a block device
+    /// exclusively, so that the kernel refuses to mount or stack it
+    /// meanwhile; `None`: it is claimed already.
     ///
     /// A regular file on a filesystem without direct reads (tmpfs on older
     /// kernels) is read through the page cache.
-    pub(super) fn open(&self) -> Result<Option<Opened>> {
+    pub(super) fn open(&self, sharing: Sharing) -> Result<Option<Opened>> {
         let error = |error| unavailable(&self.path, "open").because(error);
         let (file, size, sector_size) = match self.identity {
             Identity::BlockDevice(_) => {
-                let file = match self.reopen(libc::O_DIRECT | libc::O_EXCL) {
+                let exclusive = match sharing {
+                    Sharing::Nobody => libc::O_EXCL,
+                    Sharing::Guest => 0,
+                };
+                let file = match self.reopen(libc::O_DIRECT | exclusive) {
                     Ok(file) => file,
                     Err(busy) if busy.kind() == io::ErrorKind::ResourceBusy => return Ok(None),
                     Err(other) => return Err(error(other)),

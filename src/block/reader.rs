@@ -16,7 +16,10 @@ use std::{
     io,
     iter::Peekable,
     ops::Range,
-    os::unix::fs::FileExt,
+    os::{
+        fd::AsFd,
+        unix::fs::{FileExt, FileTypeExt},
+    },
     sync::{
         Arc,
         mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError},
@@ -36,6 +39,7 @@ use crate::{
     port::{Extent, Piece, VolumeFacts},
     sys::{
         aligned::AlignedBuf,
+        ioctl,
         ring::{Finished, Read, Wait},
         slab::{Buffer, Slab},
     },
@@ -61,12 +65,12 @@ impl Default for ReaderSettings {
 }
 
 /// How soon a waiting reader notices that it is to stop.
-const STOP_LATENCY: Duration = Duration::from_millis(100);
+pub(super) const STOP_LATENCY: Duration = Duration::from_millis(100);
 
 /// How soon a waiting reader notices that the consumer took a piece. The
 /// channel tells nobody; a millisecond is short against the reading of the
 /// extents that it then has buffered.
-const ROOM_LATENCY: Duration = Duration::from_millis(1);
+pub(super) const ROOM_LATENCY: Duration = Duration::from_millis(1);
 
 /// How often in a row reads may be interrupted or put off before it counts
 /// as an error.
@@ -74,7 +78,7 @@ const PATIENCE: u32 = 1000;
 
 /// Length of an extent as the buffers have it.
 #[allow(clippy::cast_possible_truncation, reason = "1 MiB fits every usize")]
-const EXTENT_LEN: usize = EXTENT_SIZE as usize;
+pub(super) const EXTENT_LEN: usize = EXTENT_SIZE as usize;
 
 /// Bytes in the larger steps of the search for an unreadable sector: few
 /// enough reads for an extent, and few sectors in each.
@@ -90,13 +94,21 @@ pub(super) struct Source {
     pub(super) tail: Vec<u8>,
 }
 
+/// Puts right what was read of a volume that its guest writes to.
+pub(super) trait Past {
+    /// Makes `bytes`, which were read at `offset`, those of the point in time.
+    fn correct(&mut self, offset: u64, bytes: &mut [u8]) -> Result<()>;
+}
+
 /// Reads `source` into `pieces`, as
-/// [`HeldVolume::read`](crate::port::HeldVolume::read) promises.
-pub(super) fn read(
-    source: &Source,
+/// [`HeldVolume::read`](crate::port::HeldVolume::read) promises. Of a volume
+/// that its guest writes to, `past` corrects every extent after it was read.
+pub(super) fn read<'a>(
+    source: &'a Source,
     settings: ReaderSettings,
-    pieces: &SyncSender<Piece>,
-    stop: &CancellationToken,
+    past: Option<&'a mut dyn Past>,
+    pieces: &'a SyncSender<Piece>,
+    stop: &'a CancellationToken,
 ) -> Result<()> {
     let facts = &source.facts;
     let size = facts.size.get();
@@ -111,6 +123,7 @@ pub(super) fn read(
         source,
         plan: Plan::new(size, &facts.data).peekable(),
         queue,
+        past,
         free,
         home,
         returned,
@@ -127,6 +140,7 @@ struct Reading<'a> {
     source: &'a Source,
     plan: Peekable<Plan<'a>>,
     queue: Queue,
+    past: Option<&'a mut dyn Past>,
     free: Vec<Buffer>,
     home: Sender<Buffer>,
     returned: Receiver<Buffer>,
@@ -234,6 +248,9 @@ impl Reading<'_> {
         if readable < len {
             buffer[readable..len].copy_from_slice(&self.source.tail);
         }
+        if let Some(past) = &mut self.past {
+            past.correct(extent, &mut buffer[..len])?;
+        }
         let lent = Lent { buffer: Some(buffer), len, home: self.home.clone() };
         let index = extent / EXTENT_SIZE;
         self.outbox.push_back(Piece::Data(Extent { index, bytes: Box::new(lent) }));
@@ -313,6 +330,18 @@ impl Reading<'_> {
 }
 
 impl Source {
+    /// The volume's size as it is by now.
+    pub(super) fn size_now(&self) -> Result<ByteSize> {
+        let kind = self.file.metadata().map(|metadata| metadata.file_type());
+        let size = kind.and_then(|kind| match kind.is_block_device() {
+            true => ioctl::device_size(self.file.as_fd()),
+            false => self.file.metadata().map(|metadata| metadata.len()),
+        });
+        size.map(ByteSize).context(Reason::ReadFailed, || {
+            format!("the size of {} cannot be told", self.facts.path.display())
+        })
+    }
+
     /// Bytes of the extent at offset `extent`.
     fn len(&self, extent: u64) -> usize {
         within_extent(self.facts.size.get(), extent)
@@ -371,11 +400,11 @@ fn puts_off(error: &io::Error) -> bool {
 }
 
 /// A buffer on its way through the consumer; dropping it sends it home.
-struct Lent {
+pub(super) struct Lent {
     /// `None` only while it is dropped.
-    buffer: Option<Buffer>,
-    len: usize,
-    home: Sender<Buffer>,
+    pub(super) buffer: Option<Buffer>,
+    pub(super) len: usize,
+    pub(super) home: Sender<Buffer>,
 }
 
 impl AsRef<[u8]> for Lent {

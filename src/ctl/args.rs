@@ -97,7 +97,8 @@ pub(super) enum HostVerb {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum ImageVerb {
-    /// Make an image of a stopped instance, or of a volume that nothing uses.
+    /// Make an image of an instance, running or not, or of a volume that
+    /// nothing uses.
     Create(Box<ImageCreate>),
     /// List images.
     List(Box<ImageList>),
@@ -148,6 +149,11 @@ pub(super) struct ImageCreate {
     /// Compression; zstd needs QEMU 5.1 to read, deflate any QEMU [default: zstd].
     #[arg(long, value_enum, ignore_case = true, value_name = "METHOD")]
     pub compression: Option<Compression>,
+    /// How the point in time of a running instance is taken: inside a freeze
+    /// of its filesystems by its agent, or at any moment, as after a power
+    /// failure [default: freeze].
+    #[arg(long, value_enum, ignore_case = true, value_name = "MODE")]
+    pub consistency: Option<Consistency>,
     /// What to do when the volume cannot be read.
     #[arg(long, value_enum, value_name = "ACTION", default_value = "fail")]
     pub on_read_error: OnReadError,
@@ -341,6 +347,14 @@ api_words!(
     Zstd => Zstd,
     Deflate => Deflate,
     None => None,
+    }
+);
+
+api_words!(
+    #[value(rename_all = "lower")]
+    Consistency -> pb::create_image_request::SnapshotMode {
+    Freeze => Freeze,
+    Crash => Crash,
     }
 );
 

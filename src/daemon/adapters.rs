@@ -42,7 +42,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let confinement = confinement(workers.clone()).await?;
     Ok(Parts {
         clock: Arc::new(SystemClock::new()?),
-        hypervisor: Arc::new(QemuHost::new()),
+        hypervisor: Arc::new(QemuHost::new(config.scratch_dir)),
         volumes: Arc::new(HostVolumes::new(allowed, reader)),
         stores,
         inspector: Arc::new(workers),

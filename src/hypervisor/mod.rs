@@ -1,5 +1,23 @@
 //! What runs the instances of this host.
+//!
+//! ```text
+//! qemu      whether an instance runs
+//! qmp       commands to QEMU          ┐ allow-lists, published
+//! agent     commands to the guest     ┘ in docs/qemu-commands.md
+//! live      snapshots of running instances, with both
+//! recorder  everything that was said
+//! ```
 
+pub mod agent;
+mod allowed;
+pub mod lines;
+mod live;
 mod qemu;
+pub mod qmp;
+mod recorder;
+mod refusal;
 
+pub use allowed::Allowed;
 pub use qemu::QemuHost;
+pub use recorder::Recorder;
+pub use refusal::Refusal;

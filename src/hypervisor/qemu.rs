@@ -1,24 +1,32 @@
 //! QEMU processes with a machine protocol (QMP) socket each.
 
-use std::{io, os::unix::fs::FileTypeExt, path::Path, time::Duration};
-
-use tokio::{
-    io::{AsyncBufReadExt, AsyncReadExt, BufReader},
-    net::UnixStream,
-    time::timeout,
+use std::{
+    io,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
 };
 
+use tokio::time::timeout;
+
+use super::{
+    live,
+    qmp::{self, NoGreeting},
+    recorder::Recorder,
+};
 use crate::{
-    model::instance::{Instance, PowerState},
-    port::{BoxFuture, Hypervisor},
+    error::{Context, Reason, Result},
+    model::{
+        instance::{Instance, PowerState},
+        live::Undo,
+    },
+    port::{BoxFuture, Hypervisor, Prepared, SnapshotOrder},
 };
 
 /// A QEMU that is alive greets within milliseconds; a loaded host is given
 /// this long, and a caller that lists many instances is not kept longer.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// Greetings have some hundred bytes. What sends more is not QEMU.
-const MAX_GREETING: u64 = 64 << 10;
 
 /// The instances of a host that plain QEMU runs.
 ///
@@ -26,14 +34,17 @@ const MAX_GREETING: u64 = 64 << 10;
 /// it lives, and the kernel refuses the connection once it is gone, even when
 /// the socket's file is left. An instance whose socket is configured wrongly
 /// therefore looks stopped; what really guards its disk is the lock on it.
-#[derive(Debug, Default)]
-pub struct QemuHost {}
+#[derive(Debug)]
+pub struct QemuHost {
+    scratch_dir: PathBuf,
+}
 
 impl QemuHost {
-    /// Needs nothing.
+    /// What running instances overwrite while they are imaged goes to
+    /// `scratch_dir`.
     #[must_use]
-    pub fn new() -> Self {
-        Self {}
+    pub fn new(scratch_dir: PathBuf) -> Self {
+        Self { scratch_dir }
     }
 }
 
@@ -41,21 +52,43 @@ impl Hypervisor for QemuHost {
     fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState> {
         Box::pin(probe(&instance.qmp_socket, PATIENCE))
     }
+
+    fn prepare<'a>(
+        &'a self,
+        instance: &'a Instance,
+        order: SnapshotOrder,
+    ) -> BoxFuture<'a, Result<Box<dyn Prepared>>> {
+        Box::pin(async move {
+            let random = getrandom::u64()
+                .context(Reason::Internal, || "the kernel gives no random numbers")?;
+            let tag = format!("{:012x}", random >> 16);
+            let recorder = Arc::new(Recorder::new());
+            let ready = live::prepare(instance, order, &self.scratch_dir, tag, recorder).await?;
+            Ok(Box::new(ready) as Box<dyn Prepared>)
+        })
+    }
+
+    fn undo<'a>(&'a self, undo: &'a Undo) -> BoxFuture<'a, Result<()>> {
+        Box::pin(live::undo(undo, Arc::new(Recorder::new())))
+    }
 }
 
+/// Greets and goes: QEMU serves one client at a time, so its monitor is held
+/// for no longer than a greeting takes.
 async fn probe(socket: &Path, patience: Duration) -> PowerState {
     let unknown = |why: &dyn std::fmt::Display| {
         PowerState::Unknown(format!("the QMP socket {} {why}", socket.display()))
     };
-    match timeout(patience, greeting(socket)).await {
-        Ok(Ok(Greeting::Qmp)) => PowerState::Running,
-        Ok(Ok(Greeting::Other)) => unknown(&"is served by something that does not speak QMP"),
-        Ok(Ok(Greeting::Closed)) => unknown(&"was closed before a greeting"),
-        // QEMU serves one client at a time and lets others wait in the
-        // backlog, or is too busy to greet. Somebody listens either way, and
-        // taking a running instance for stopped is the mistake that harms.
+    match timeout(patience, qmp::greet(socket)).await {
+        Ok(Ok(_)) => PowerState::Running,
+        Ok(Err(NoGreeting::NotQmp)) => unknown(&"is served by something that does not speak QMP"),
+        Ok(Err(NoGreeting::Closed)) => unknown(&"was closed before a greeting"),
+        Ok(Err(NoGreeting::Read(cause))) => unknown(&format_args!("cannot be asked: {cause}")),
+        // QEMU lets other clients wait in the backlog, or is too busy to
+        // greet. Somebody listens either way, and taking a running instance
+        // for stopped is the mistake that harms.
         Err(_) => PowerState::Running,
-        Ok(Err(cause)) => match cause.kind() {
+        Ok(Err(NoGreeting::Connect(cause))) => match cause.kind() {
             io::ErrorKind::NotFound => PowerState::Stopped,
             // The kernel's answer for a plain file, too.
             io::ErrorKind::ConnectionRefused => match tokio::fs::metadata(socket).await {
@@ -67,30 +100,6 @@ async fn probe(socket: &Path, patience: Duration) -> PowerState {
             _ => unknown(&format_args!("cannot be asked: {cause}")),
         },
     }
-}
-
-enum Greeting {
-    Qmp,
-    Other,
-    Closed,
-}
-
-async fn greeting(socket: &Path) -> io::Result<Greeting> {
-    let stream = UnixStream::connect(socket).await?;
-    let mut line = Vec::new();
-    match BufReader::new(stream.take(MAX_GREETING)).read_until(b'\n', &mut line).await {
-        Ok(0) => return Ok(Greeting::Closed),
-        Ok(_) => {}
-        Err(cause) if cause.kind() == io::ErrorKind::ConnectionReset => {
-            return Ok(Greeting::Closed);
-        }
-        Err(cause) => return Err(cause),
-    }
-    let value: Option<serde_json::Value> = serde_json::from_slice(&line).ok();
-    Ok(match value.is_some_and(|value| value.get("QMP").is_some()) {
-        true => Greeting::Qmp,
-        false => Greeting::Other,
-    })
 }
 
 #[cfg(test)]

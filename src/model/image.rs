@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fmt, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use super::{ByteSize, CompartmentId, ImageId, InstanceId, Timestamp, instance::OperatingSystem};
+use super::{
+    ByteSize, CompartmentId, ImageId, InstanceId, Timestamp, instance::OperatingSystem,
+    live::PointInTime,
+};
 
 /// Bytes of a volume that share one BLAKE3: the unit of reading, of the
 /// content digest and of reordering.
@@ -100,6 +103,9 @@ pub struct Stored {
     pub object_digest: ObjectDigest,
     /// The object cut at part boundaries, in order.
     pub parts: Vec<StoredPart>,
+    /// The point in time, of an instance that ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub point_in_time: Option<PointInTime>,
     /// When each phase of the capture began.
     pub time_line: Vec<PhaseTime>,
     /// Version of the imaged that made it.

@@ -7,7 +7,9 @@ pub mod host;
 pub mod ids;
 pub mod image;
 pub mod instance;
+pub mod live;
 pub mod time;
+pub mod trace;
 pub mod units;
 pub mod work_request;
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CompartmentId, Timestamp, WorkRequestId};
+use super::{CompartmentId, Timestamp, WorkRequestId, live::Undo};
 
 /// A work request, as the journal keeps it and the API shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -38,6 +38,9 @@ pub struct WorkRequest {
     /// What the asker calls this request, so that asking twice is asking
     /// once.
     pub retry: Option<Retry>,
+    /// What is still to be done to its instance, also after its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub undo: Option<Undo>,
 }
 
 impl WorkRequest {
@@ -67,6 +70,7 @@ impl WorkRequest {
             logs: Vec::new(),
             requested_by,
             retry,
+            undo: None,
         }
     }
 
@@ -151,8 +155,12 @@ pub enum Phase {
     Queued,
     /// May this be done?
     Preflight,
+    /// Takes the point in time of a running instance.
+    Snapshot,
     /// Reads, encodes and stores.
     Read,
+    /// Gives a running instance its disk back.
+    Release,
     /// Makes the image exist.
     Seal,
     /// Recomputes digests.
@@ -166,7 +174,9 @@ impl fmt::Display for Phase {
         f.pad(match self {
             Self::Queued => "queued",
             Self::Preflight => "preflight",
+            Self::Snapshot => "snapshot",
             Self::Read => "read",
+            Self::Release => "release",
             Self::Seal => "seal",
             Self::Verify => "verify",
             Self::Done => "done",

@@ -14,6 +14,7 @@ use crate::{
         ImageId, Timestamp, WorkRequestId,
         image::{Compression, Consistency, Image, ImageState, LaunchMode},
         instance::{Instance, PowerState},
+        live::Mode,
         work_request::{Action, Operation, Status, WorkRequest},
     },
     pb,
@@ -118,6 +119,20 @@ fn compression(value: i32) -> Result<Compression> {
     })
 }
 
+fn mode(value: i32) -> Result<Mode> {
+    use pb::create_image_request::SnapshotMode as Pb;
+    Ok(match Pb::try_from(value) {
+        Ok(Pb::Unspecified | Pb::Freeze) => Mode::Freeze,
+        Ok(Pb::Crash) => Mode::Crash,
+        Err(_) => {
+            return Err(invalid(
+                "snapshot_mode",
+                format!("{value} is no snapshot mode known here"),
+            ));
+        }
+    })
+}
+
 /// What a request wants that `requested_by` sent.
 pub(super) fn create_image(
     request: pb::CreateImageRequest,
@@ -149,6 +164,7 @@ pub(super) fn create_image(
         freeform_tags: tags(request.freeform_tags)?,
         launch_mode: launch_mode(request.launch_mode)?,
         compression: compression(request.compression)?,
+        mode: mode(request.snapshot_mode)?,
         retry_token: retry_token(request.retry_token)?,
         requested_by,
     })

@@ -50,12 +50,18 @@ const fn code(reason: Reason) -> Code {
         // Another work request is in the way: the same call succeeds later.
         Reason::SourceLocked | Reason::ImageLocked => Code::Aborted,
         Reason::ImageCorrupt | Reason::ImageUnreadable => Code::DataLoss,
+        // They work, and said no.
+        Reason::HypervisorRefused | Reason::GuestAgentRefused | Reason::GuestAgentDisabled => {
+            Code::FailedPrecondition
+        }
         other => match other.kind() {
             ErrorKind::InvalidRequest => Code::InvalidArgument,
             ErrorKind::NotFound => Code::NotFound,
             ErrorKind::Busy => Code::FailedPrecondition,
             ErrorKind::Denied => Code::PermissionDenied,
-            ErrorKind::Device | ErrorKind::Store => Code::Unavailable,
+            ErrorKind::Device | ErrorKind::Store | ErrorKind::Hypervisor | ErrorKind::Guest => {
+                Code::Unavailable
+            }
             ErrorKind::Unsupported => Code::Unimplemented,
             ErrorKind::Cancelled => Code::Cancelled,
             ErrorKind::Internal => Code::Internal,
@@ -137,19 +143,31 @@ mod tests {
         WORK_REQUEST_NOT_FOUND: NotFound
         STORE_NOT_FOUND: NotFound
         VOLUME_HELD: FailedPrecondition
+        SNAPSHOT_REFUSED: FailedPrecondition
         SOURCE_LOCKED: Aborted
         IMAGE_LOCKED: Aborted
         TOO_MANY_REQUESTS: ResourceExhausted
         DAEMON_RUNNING: FailedPrecondition
+        HYPERVISOR_BUSY: FailedPrecondition
         PERMISSION_DENIED: PermissionDenied
         VOLUME_UNAVAILABLE: Unavailable
         READ_FAILED: Unavailable
+        SNAPSHOT_BROKEN: Unavailable
         STORE_FULL: ResourceExhausted
         STORE_UNAVAILABLE: Unavailable
         IMAGE_CORRUPT: DataLoss
         STALLED: Unavailable
         IMAGE_UNREADABLE: DataLoss
         CONFINEMENT_UNAVAILABLE: Unimplemented
+        HYPERVISOR_GONE: Unavailable
+        HYPERVISOR_TIMEOUT: Unavailable
+        HYPERVISOR_REFUSED: FailedPrecondition
+        HYPERVISOR_UNAVAILABLE: Unavailable
+        GUEST_AGENT_UNAVAILABLE: Unavailable
+        GUEST_AGENT_TIMEOUT: Unavailable
+        GUEST_AGENT_REFUSED: FailedPrecondition
+        GUEST_AGENT_DISABLED: FailedPrecondition
+        HYPERVISOR_UNSUPPORTED: Unimplemented
         INSTANCE_RUNNING: Unimplemented
         CANCELED: Cancelled
         DAEMON_STOPPED: Cancelled

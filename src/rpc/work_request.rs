@@ -151,6 +151,7 @@ mod tests {
             logs: Vec::new(),
             requested_by: "uid 0".into(),
             retry: None,
+            undo: None,
         }
     }
 

@@ -10,7 +10,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 /// The peer of a Unix socket as the kernel saw it when it connected.
 ///
 /// The process id is left out on purpose: it may belong to another process by
-/// the time it is looked at.
+/// the time it is looked at, and must not decide what a caller may.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerCredentials {
     /// Effective user.
@@ -76,6 +76,21 @@ fn groups(fd: libc::c_int) -> io::Result<Vec<u32>> {
     Err(io::Error::from_raw_os_error(libc::ERANGE))
 }
 
+/// The process that listens at the other end of `socket`, a connected
+/// `AF_UNIX` stream: more exactly the one that called listen(2), which may
+/// have ended since, and may have given the socket to another (unix(7),
+/// `SO_PEERCRED`). `None` when it is not in this process's pid namespace.
+///
+/// Good for saying who it is; whoever acts on it must make sure first.
+///
+/// # Errors
+///
+/// What the kernel says: `ENOTSOCK`.
+pub fn listener(socket: impl AsFd) -> io::Result<Option<u32>> {
+    let peer = getsockopt(&socket.as_fd(), sockopt::PeerCredentials)?;
+    Ok(u32::try_from(peer.pid()).ok().filter(|&pid| pid != 0))
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
@@ -94,6 +109,7 @@ mod tests {
         groups.sort_unstable();
         assert_eq!((peer.uid, peer.gid), (geteuid().as_raw(), getegid().as_raw()));
         assert_eq!(groups, expected);
+        assert_eq!(listener(&here).unwrap(), Some(std::process::id()));
         assert!(peer.is_member(peer.gid));
         assert!(!peer.is_member(u32::MAX));
     }

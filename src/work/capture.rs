@@ -1,13 +1,16 @@
-//! The way of one image, of a volume at rest.
+//! The way of one image.
 //!
 //! ```text
-//!   preflight ─► read ─────────────────────────────────► seal
-//!                 reader thread ─► encoder threads ─► put, put, …
-//!                 (pieces, bounded)      (parts, bounded)
+//!   preflight ─► [snapshot] ─► read ───────────────────────────► [release] ─► seal
+//!                               reader thread ─► encoder threads ─► put, put, …
+//!                               (pieces, bounded)      (parts, bounded)
 //! ```
+//! Snapshot and release are those of a running instance; a volume at rest is
+//! held instead.
 //!
 //! Whatever fails stops all three, and the upload is aborted: an image is
-//! whole or absent.
+//! whole or absent. An instance is given back what was taken by who drives
+//! the work request, when the capture has not done it.
 
 use std::{
     sync::{
@@ -26,16 +29,17 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Work, driver::check, tracker::Tracker, watchdog::Watchdog};
+use super::{Found, Work, driver::check, tracker::Tracker, watchdog::Watchdog};
 use crate::{
     encode::{self, Encoded, Meter},
     error::{Error, Reason, Result},
     model::{
         image::{Format, Image, Manifest, ManifestSchema, Stored},
         instance::Instance,
+        live::{Mode, PointInTime, Undo},
         work_request::{Phase, Progress},
     },
-    port::{HeldVolume, Part, Sealed, Upload},
+    port::{HeldVolume, LiveSnapshot, Part, Prepared, Sealed, Upload},
 };
 
 /// Pieces between the reader and the encoder. The reader's buffers are the
@@ -54,6 +58,8 @@ pub(super) struct Capture {
     pub image: Image,
     /// Whose boot volume it is.
     pub instance: Option<Instance>,
+    /// How its point in time is taken while it runs.
+    pub mode: Mode,
 }
 
 impl Capture {
@@ -63,7 +69,7 @@ impl Capture {
     ///
     /// `place` is held until every thread has ended.
     pub(super) async fn run(
-        self: Box<Self>,
+        mut self: Box<Self>,
         work: &Work,
         tracker: &mut Tracker,
         watchdog: &Watchdog,
@@ -71,15 +77,24 @@ impl Capture {
         place: Arc<OwnedSemaphorePermit>,
     ) -> Result<()> {
         tracker.phase(Phase::Preflight).await?;
-        let volume =
-            work.preflight(self.instance.as_ref(), &self.image.origin.source_volume).await?;
+        let origin = &self.image.origin;
+        let found =
+            work.preflight(self.instance.as_ref(), &origin.source_volume, self.mode).await?;
+        check(stop)?;
+        let (volume, snapshot) = match found {
+            Found::AtRest(volume) => (volume, None),
+            Found::Running(prepared) => {
+                let (volume, snapshot) = self.snapshot(work, prepared, tracker).await?;
+                (volume, Some(snapshot))
+            }
+        };
         self.tell_oddities(work, &*volume, tracker);
         check(stop)?;
 
         let store = work.0.catalogue.store(&self.image.origin.store)?;
         let upload = watchdog.guard(|| self.store(), store.begin(&self.image.id)).await?;
         let line = Line { upload: &*upload, watchdog, stop, place };
-        if let Err(error) = self.transfer(work, volume, line, tracker).await {
+        if let Err(error) = self.transfer(work, volume, snapshot, line, tracker).await {
             let left = match timeout(watchdog.undoing(), upload.abort()).await {
                 Ok(aborted) => aborted,
                 Err(late) => {
@@ -116,10 +131,30 @@ impl Capture {
         }
     }
 
+    /// Takes the point in time of a running instance.
+    async fn snapshot(
+        &mut self,
+        work: &Work,
+        prepared: Box<dyn Prepared>,
+        tracker: &mut Tracker,
+    ) -> Result<(Box<dyn HeldVolume>, Box<dyn LiveSnapshot>)> {
+        let undo = prepared.undo().clone();
+        tracker.owe(Some(undo.clone())).await?;
+        tracker.phase(Phase::Snapshot).await?;
+        let snapshot = prepared.take().await?;
+        tracker.owe(Some(Undo { frozen: false, ..undo })).await?;
+        let point = *snapshot.point();
+        self.image.origin.consistency = point.consistency;
+        tracker.log(told(&point));
+        let volume = work.0.ports.volumes.live(snapshot.source()).await?;
+        Ok((volume, snapshot))
+    }
+
     async fn transfer(
         &self,
         work: &Work,
         volume: Box<dyn HeldVolume>,
+        snapshot: Option<Box<dyn LiveSnapshot>>,
         line: Line<'_>,
         tracker: &mut Tracker,
     ) -> Result<()> {
@@ -137,7 +172,22 @@ impl Capture {
             0 => source.clone(),
             _ => self.store(),
         };
-        let encoded = watchdog.guard(who, pump(volume, settings, line, &putting, tracker)).await?;
+        let pumped = pump(volume, settings, line, &putting, tracker);
+        let encoded = match &snapshot {
+            None => watchdog.guard(who, pumped).await?,
+            Some(snapshot) => tokio::select! {
+                biased;
+                encoded = watchdog.guard(who, pumped) => encoded?,
+                lost = snapshot.lost() => return Err(lost),
+            },
+        };
+        let point_in_time = snapshot.as_ref().map(|snapshot| *snapshot.point());
+        if let Some(snapshot) = snapshot {
+            tracker.phase(Phase::Release).await?;
+            let released = snapshot.release().await?;
+            tracker.owe(None).await?;
+            tracker.log(format!("the guest overwrote {} meanwhile", released.scratch));
+        }
         check(stop)?;
 
         // From here on a cancellation comes too late: the image may be seen.
@@ -154,6 +204,7 @@ impl Capture {
                     content_digest: encoded.content_digest,
                     object_digest: encoded.object_digest,
                     parts: encoded.parts,
+                    point_in_time,
                     time_line: tracker.time_line(),
                     imaged_version: env!("CARGO_PKG_VERSION").to_owned(),
                 },
@@ -162,6 +213,19 @@ impl Capture {
             extent_digests: encoded.extent_digests,
         };
         watchdog.guard(|| self.store(), upload.seal(Arc::new(sealed))).await
+    }
+}
+
+fn told(point: &PointInTime) -> String {
+    let PointInTime { consistency, window_micros, frozen, fuse, .. } = point;
+    let window = Duration::from_micros(*window_micros);
+    match frozen {
+        0 => format!("point in time taken in {window:.1?}, {consistency} consistent"),
+        _ => format!(
+            "the guest froze {frozen} filesystems for {window:.1?}, {} fuse, {consistency} \
+             consistent",
+            if *fuse { "with a" } else { "without a" }
+        ),
     }
 }
 

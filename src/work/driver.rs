@@ -17,7 +17,7 @@ use super::{
 use crate::{
     catalogue::Found,
     error::{Error, Reason, Result},
-    model::work_request::Status,
+    model::{live::Undo, work_request::Status},
 };
 
 /// What is to be done.
@@ -86,12 +86,31 @@ async fn drive(work: Work, job: Job, task: Task) {
         None => error,
     });
 
+    if let Some(undo) = tracker.owed() {
+        give_back(&work, &tracker, undo).await;
+    }
     // Before the end is told: who is told may act at once.
     inner.registry.release(&id);
     if let Some(image) = image {
         inner.catalogue.end(&image);
     }
     tracker.finish(outcome).await;
+}
+
+/// Gives an instance back what a failed capture took. What cannot be done
+/// now stays in the journal.
+async fn give_back(work: &Work, tracker: &Tracker, undo: Undo) {
+    let told = match work.0.ports.hypervisor.undo(&undo).await {
+        Ok(()) => tracker.owe(None).await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = told {
+        tracker.log(format!(
+            "the next start of imaged will take the snapshot out of instance {:?}: {error}",
+            undo.instance
+        ));
+        tracing::error!(instance = undo.instance, "{error:?}");
+    }
 }
 
 /// How often a queue looks whether it can still move.

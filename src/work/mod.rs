@@ -40,9 +40,13 @@ use crate::{
         ByteSize, CompartmentId, ImageId, WorkRequestId,
         image::{Compression, Consistency, Image, ImageState, LaunchMode, Origin, Record},
         instance::{Instance, OperatingSystem, PowerState},
+        live::Mode,
         work_request::{Action, EntityType, Operation, Resource, Retry, WorkRequest},
     },
-    port::{Clock, HeldVolume, Hypervisor, Inspector, Journal, ObjectStore, Volumes},
+    port::{
+        Clock, HeldVolume, Hypervisor, Inspector, Journal, ObjectStore, Prepared, SnapshotOrder,
+        Volumes,
+    },
 };
 
 /// Everything that the work needs from the world.
@@ -81,6 +85,8 @@ pub struct Settings {
     pub max_captures: NonZeroUsize,
     /// Work requests that wait or run at once.
     pub max_queued: usize,
+    /// Bytes that a running instance may overwrite while it is imaged.
+    pub scratch_size: ByteSize,
     /// Work that gets no further for so long is ended.
     pub progress_timeout: Duration,
     /// This host's, e.g. `x86_64`.
@@ -102,6 +108,8 @@ pub struct CreateImage {
     pub launch_mode: LaunchMode,
     /// How its clusters are compressed.
     pub compression: Compression,
+    /// How the point in time of a running instance is taken.
+    pub mode: Mode,
     /// Makes asking twice asking once.
     pub retry_token: Option<String>,
     /// Who asks.
@@ -126,6 +134,15 @@ pub struct VerifyImage {
     pub retry_token: Option<String>,
     /// Who asks.
     pub requested_by: String,
+}
+
+/// A source that may be imaged.
+#[derive(Debug)]
+enum Found {
+    /// Nothing uses it, and nothing can while this is held.
+    AtRest(Box<dyn HeldVolume>),
+    /// Its instance runs, and a snapshot can be taken.
+    Running(Box<dyn Prepared>),
 }
 
 /// The work of one daemon. Clones share it.
@@ -231,9 +248,9 @@ impl Work {
             }
             registry::Admitted::New(request, reservation) => (request, reservation),
         };
-        self.accept(&request, instance.as_ref(), &image).await?;
+        let image = self.accept(&request, instance.as_ref(), image, wanted.mode).await?;
         self.0.catalogue.begin(image.clone());
-        let capture = capture::Capture { image: image.clone(), instance };
+        let capture = capture::Capture { image: image.clone(), instance, mode: wanted.mode };
         driver::spawn(self, reservation, driver::Task::Capture(Box::new(capture)));
         Ok((Some(image), request))
     }
@@ -245,10 +262,17 @@ impl Work {
         &self,
         request: &WorkRequest,
         instance: Option<&Instance>,
-        image: &Image,
-    ) -> Result<()> {
-        drop(self.preflight(instance, &image.origin.source_volume).await?);
-        self.0.keep(request).await
+        mut image: Image,
+        mode: Mode,
+    ) -> Result<Image> {
+        let found = self.preflight(instance, &image.origin.source_volume, mode).await?;
+        if let Found::Running(_) = found {
+            // Until the point in time was taken, no better than it may become.
+            image.origin.consistency = Consistency::Crash;
+        }
+        drop(found);
+        self.0.keep(request).await?;
+        Ok(image)
     }
 
     /// Accepts an order to verify an image.
@@ -424,16 +448,23 @@ impl Work {
         Ok((origin, instance))
     }
 
-    /// Whether the source may be imaged now; if so, holds it.
+    /// Whether the source may be imaged now, and how; if it is at rest, holds
+    /// it.
     async fn preflight(
         &self,
         instance: Option<&Instance>,
         volume: &Path,
-    ) -> Result<Box<dyn HeldVolume>> {
+        mode: Mode,
+    ) -> Result<Found> {
         if let Some(instance) = instance {
             match self.power_state(instance).await {
                 PowerState::Stopped => {}
-                PowerState::Running => return Err(running(instance)),
+                PowerState::Running => {
+                    let order = SnapshotOrder { mode, scratch: self.0.settings.scratch_size };
+                    let prepared = self.0.ports.hypervisor.prepare(instance, order).await?;
+                    self.check_size(prepared.size(), volume)?;
+                    return Ok(Found::Running(prepared));
+                }
                 PowerState::Unknown(why) => {
                     let context =
                         format!("it is unknown whether instance {:?} runs", instance.name);
@@ -448,7 +479,11 @@ impl Work {
             Some(_) if error.field_name() == Some("boot_volume") => error.field("instance_id"),
             _ => error,
         })?;
-        let size = held.facts().size;
+        self.check_size(held.facts().size, volume)?;
+        Ok(Found::AtRest(held))
+    }
+
+    fn check_size(&self, size: ByteSize, volume: &Path) -> Result<()> {
         let max = self.0.settings.max_volume;
         if size > max {
             let context = format!(
@@ -459,7 +494,7 @@ impl Work {
                 .advice("OCI takes images of at most 400 GB; `max_volume_size` sets the limit")
                 .field("boot_volume"));
         }
-        Ok(held)
+        Ok(())
     }
 
     /// The image that `request` made or makes, if it is still there.
@@ -518,13 +553,6 @@ impl Inner {
     }
 }
 
-fn running(instance: &Instance) -> Error {
-    let context = format!("instance {:?} is running", instance.name);
-    Error::new(Reason::InstanceRunning, context)
-        .advice("this version images stopped instances: shut it down first")
-        .field("instance_id")
-}
-
 /// Symbolic links resolved where they can be, so that one volume has one
 /// lock. What does not exist fails in preflight with a better word.
 async fn resolve(path: PathBuf) -> PathBuf {
@@ -573,12 +601,13 @@ fn fingerprint(wanted: &CreateImage) -> String {
         freeform_tags,
         launch_mode,
         compression,
+        mode,
         retry_token: _,
         requested_by: _,
     } = wanted;
     format!(
         "create {source:?} {compartment_id:?} {display_name:?} {freeform_tags:?} {launch_mode} \
-         {compression}"
+         {compression} {mode:?}"
     )
 }
 

@@ -4,13 +4,16 @@
 use super::{Ports, tracker};
 use crate::{
     error::{Error, Reason, Result},
-    model::work_request::{Action, Resource, Status, WorkRequest},
+    model::work_request::{Action, LogEntry, Resource, Status, WorkRequest},
     port::ObjectStore,
 };
 
-/// Removes what dead uploads left and ends the requests that they belonged
-/// to. Returns all requests that are remembered.
+/// Gives instances back what dead captures took, removes what dead uploads
+/// left, and ends the requests that they belonged to. Returns all requests
+/// that are remembered.
 pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
+    let mut requests = ports.journal.load().await?;
+    give_back(ports, &mut requests).await?;
     let mut stores = Stores::default();
     for store in &ports.stores {
         match store.sweep().await {
@@ -28,7 +31,6 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
         }
         stores.there.push(store.as_ref());
     }
-    let mut requests = ports.journal.load().await?;
     for request in requests.iter_mut().filter(|request| !request.status.is_final()) {
         let now = ports.clock.now();
         match stores.made_its_image(request).await {
@@ -61,6 +63,35 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
             "ended: imaged had died before it was done");
     }
     Ok(requests)
+}
+
+/// What holds guests, all at once: a QEMU that hangs must not keep the others
+/// waiting. What cannot be done now is tried again by the next start.
+async fn give_back(ports: &Ports, requests: &mut [WorkRequest]) -> Result<()> {
+    let owing = requests.iter_mut().filter(|request| request.undo.is_some());
+    let given = owing.map(async |request| {
+        let Some(undo) = &request.undo else { return Ok(()) };
+        let message = match ports.hypervisor.undo(undo).await {
+            Ok(()) => {
+                let message = format!("took the snapshot out of instance {:?}", undo.instance);
+                request.undo = None;
+                message
+            }
+            Err(error) => {
+                tracing::error!(instance = undo.instance, "{error:?}");
+                format!(
+                    "the snapshot could not be taken out of instance {:?}, the next start tries \
+                     again: {}",
+                    undo.instance,
+                    in_one_line(&error)
+                )
+            }
+        };
+        tracing::warn!(work_request = %request.id, "{message}");
+        request.logs.push(LogEntry { message, time: ports.clock.now() });
+        ports.journal.put(request).await
+    });
+    futures_util::future::join_all(given).await.into_iter().collect()
 }
 
 /// Whether imaged died between the last step, which makes the image exist,

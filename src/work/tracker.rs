@@ -13,6 +13,7 @@ use crate::{
     model::{
         Timestamp,
         image::PhaseTime,
+        live::Undo,
         work_request::{ErrorEntry, LogEntry, Phase, Progress, Status, WorkRequest},
     },
     port::{Clock, Journal},
@@ -130,6 +131,22 @@ impl Tracker {
             tracing::error!(work_request = %ended.id, "{error:?}");
         }
         self.state.send_replace(ended);
+    }
+
+    /// What is to be done to the instance whatever happens to imaged from
+    /// here on; `None`: nothing any more.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`: it would not be known after a crash.
+    pub(super) async fn owe(&self, undo: Option<Undo>) -> Result<()> {
+        self.state.send_modify(|request| request.undo = undo);
+        self.keep().await
+    }
+
+    /// What is still to be done to the instance.
+    pub(super) fn owed(&self) -> Option<Undo> {
+        self.state.borrow().undo.clone()
     }
 
     async fn keep(&self) -> Result<()> {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every fuzz target for so many seconds, from small images as seeds.
+# Runs every fuzz target for so many seconds, from small seeds.
 #   tests/fuzz/run.sh [SECONDS]
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -18,6 +18,16 @@ for type in zlib zstd; do
     qemu-img convert -c -O qcow2 -o "cluster_size=4096,compression_type=$type" "$seed.raw" "$seed"
     rm "$seed.raw"
 done
+
+corpus=target/fuzz/corpus/qmp
+mkdir -p "$corpus"
+cat >"$corpus/seed" <<'SEED'
+{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}}, "capabilities": ["oob"]}}
+{"return": {"running": true, "status": "running"}, "id": 1}
+{"id": 2, "error": {"class": "GenericError", "desc": "Node imaged-f is in use"}}
+{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "SHUTDOWN", "data": {"guest": true}}
+SEED
+printf '{"return": 3}\n\xff{"return": 7}\n' >"$corpus/seed-agent"
 
 for target in $(cargo fuzz list --fuzz-dir tests/fuzz); do
     echo "fuzz: $target for $seconds s"

@@ -13,7 +13,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("ctl", &["pb", "model", "error"]),
     ("work", &["port", "catalogue", "encode", "format", "compat", "model", "error"]),
     ("encode", &["port", "format", "sys", "model", "error"]),
-    ("hypervisor", &["port", "exec", "sys", "model", "error"]),
+    ("hypervisor", &["port", "format", "exec", "sys", "model", "error"]),
     ("block", &["port", "exec", "sys", "model", "error"]),
     ("store", &["port", "exec", "sys", "model", "error"]),
     ("journal", &["port", "exec", "sys", "model", "error"]),

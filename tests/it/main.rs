@@ -1,7 +1,8 @@
 //! End-to-end tests: the real binaries on real parts.
 //!
 //! Names that begin with `root_` need root, loop devices and mounts; they are
-//! ignored by a bare `cargo test` and run by `make test`.
+//! ignored by a bare `cargo test` and run by `make test`. So are those that
+//! begin with `qemu_`, which need QEMU.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod api;
@@ -11,6 +12,8 @@ mod lab;
 
 mod image;
 mod lifecycle;
+mod live;
+mod qemu;
 mod service;
 mod sources;
 mod stalls;

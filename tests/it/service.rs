@@ -17,6 +17,7 @@ use imaged::{
         host::{Feature, Space},
         image::{Manifest, Record},
         instance::Instance,
+        live::LiveSource,
     },
     pb::{
         self, host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
@@ -42,6 +43,9 @@ impl Volumes for NoVolumes {
     fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let error = Error::new(Reason::VolumeNotFound, format!("no volume {}", path.display()));
         Box::pin(async { Err(error) })
+    }
+    fn live<'a>(&'a self, source: &'a LiveSource) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
+        self.hold(&source.volume)
     }
 }
 
@@ -101,7 +105,7 @@ async fn empty(_: Config, _: Vec<Instance>) -> Result<Parts> {
     let space = Space { free: ByteSize::gib(1), total: ByteSize::gib(4) };
     Ok(Parts {
         clock: Arc::new(SystemClock::new()?),
-        hypervisor: Arc::new(QemuHost::new()),
+        hypervisor: Arc::new(QemuHost::new("/nowhere".into())),
         volumes: Arc::new(NoVolumes),
         stores: vec![
             Arc::new(EmptyStore { name: "local", space: Some(space) }),

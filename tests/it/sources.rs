@@ -119,7 +119,7 @@ pub fn assert_nothing_left(daemon: &Daemon) {
 
 #[test]
 #[ignore = "needs root"]
-fn root_instances_are_imaged_when_they_are_stopped_only() {
+fn root_instances_are_at_rest_when_nothing_greets_on_their_socket() {
     let dir = tempfile::tempdir_in(scratch()).unwrap();
     let disk = dir.path().join("web-1.raw");
     sparse_file(&disk, 16 * MIB, &[(0, text(100_000))]);
@@ -140,20 +140,23 @@ fn root_instances_are_imaged_when_they_are_stopped_only() {
     let said = daemon.refusal(&[&create[..], &["web-2"]].concat());
     assert!(said.contains("there is no instance \"web-2\" on this host"), "{said}");
 
-    // Something that greets as QEMU does: the instance runs.
+    // Something that greets as QEMU does: the instance runs, and its volume is
+    // not read as one at rest.
     let listener = std::os::unix::net::UnixListener::bind(&qmp).unwrap();
     let greeter = std::thread::spawn(move || {
         use std::io::Write;
         while let Ok((mut stream, _)) = listener.accept() {
-            let greeting = b"{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
-            let _ = stream.write_all(greeting);
+            let version = r#"{"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}"#;
+            let greeting =
+                format!("{{\"QMP\": {{\"version\": {version}, \"capabilities\": []}}}}\r\n");
+            let _ = stream.write_all(greeting.as_bytes());
             if stream.peer_addr().is_err() {
                 break;
             }
         }
     });
     let said = daemon.refusal(&[&create[..], &["web-1"]].concat());
-    assert!(said.contains("instance \"web-1\" is running"), "{said}");
+    assert!(said.contains("QEMU can no longer begin a session"), "{said}");
     let listed = daemon.json(&["instance", "list"]);
     assert_eq!(listed["data"][0]["lifecycle-state"], "RUNNING");
     fs::remove_file(&qmp).unwrap();

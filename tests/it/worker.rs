@@ -143,6 +143,7 @@ fn image(compression: Compression) -> Image {
             content_digest: encoded.content_digest,
             object_digest: encoded.object_digest,
             parts: encoded.parts,
+            point_in_time: None,
             time_line: Vec::new(),
             imaged_version: String::new(),
         };

@@ -232,6 +232,82 @@ fn spawn(dir: &Path, config: &Config, stderr: Stdio) -> Child {
         .unwrap()
 }
 
+/// The lab's guest, emulated, on a copy of its disk.
+pub struct Guest {
+    dir: tempfile::TempDir,
+}
+
+impl Guest {
+    /// Boots it, with more `arguments` for QEMU, until its agent answers.
+    pub fn boot_with(arguments: &[&str]) -> Self {
+        // Not in `scratch()`: its path is too long for a socket.
+        let guest = Self { dir: tempfile::tempdir().unwrap() };
+        let original = PathBuf::from(run("tests/lab/guest.sh", &[])).join("disk.raw");
+        let disk = guest.disk();
+        run("cp", &["--sparse=always", original.to_str().unwrap(), disk.to_str().unwrap()]);
+        let start = ["--disk", disk.to_str().unwrap(), "--format", "raw", "--"];
+        guest.vm("start", &[&start, arguments].concat());
+        guest.vm("wait-agent", &[]);
+        guest
+    }
+
+    /// Boots it.
+    pub fn boot() -> Self {
+        Self::boot_with(&[])
+    }
+
+    /// A verb of `tests/lab/vm.py`.
+    pub fn vm(&self, verb: &str, args: &[&str]) -> String {
+        run(
+            "tests/lab/vm.py",
+            &[&[verb, "--dir", self.dir.path().to_str().unwrap()], args].concat(),
+        )
+    }
+
+    /// Runs a shell script in it, and returns what it printed.
+    pub fn sh(&self, script: &str) -> String {
+        self.vm("exec", &["/bin/sh", "-c", script])
+    }
+
+    /// What its QEMU answers to a question, in JSON.
+    pub fn qmp(&self, question: &str) -> String {
+        self.vm("qmp", &[question])
+    }
+
+    /// Its disk.
+    pub fn disk(&self) -> PathBuf {
+        self.dir.path().join("disk.raw")
+    }
+
+    /// Where its agent listens.
+    pub fn agent_socket(&self) -> PathBuf {
+        self.dir.path().join("agent.sock")
+    }
+
+    /// Where its QEMU listens.
+    pub fn qmp_socket(&self) -> PathBuf {
+        self.dir.path().join("qmp.sock")
+    }
+
+    /// Its file in `instances.d`.
+    pub fn instance(&self) -> String {
+        format!(
+            "boot_volume = {:?}\nqmp_socket = {:?}\nagent_socket = {:?}\n",
+            self.disk(),
+            self.qmp_socket(),
+            self.agent_socket()
+        )
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // By its own pid file.
+        let dir = self.dir.path().to_str().unwrap();
+        let _ = Command::new("tests/lab/vm.py").args(["kill", "--dir", dir]).status();
+    }
+}
+
 /// A loop device with direct I/O.
 pub struct Loop {
     /// `/dev/loopN`.

@@ -4,6 +4,8 @@
   vm.py start --disk PATH --format raw|qcow2 --dir RUNDIR [--snapshot] [-- QEMU-ARGUMENT ...]
   vm.py wait-agent --dir RUNDIR      until the guest agent answers
   vm.py hostname   --dir RUNDIR      what the agent says
+  vm.py exec       --dir RUNDIR PROGRAM [ARGUMENT ...]   in the guest; prints what it printed
+  vm.py qmp        --dir RUNDIR COMMAND    what QEMU answers, in JSON
   vm.py shutdown   --dir RUNDIR      through the agent, until QEMU is gone
   vm.py kill       --dir RUNDIR      SIGKILL; success when it does not run
 
@@ -12,6 +14,7 @@ the device "bootdisk". Everything has a deadline (--timeout seconds).
 """
 
 import argparse
+import base64
 import json
 import os
 import random
@@ -199,6 +202,41 @@ class Agent:
         return answer["return"]
 
 
+def execute(vm, deadline, program, *arguments):
+    agent = Agent(vm, deadline)
+    pid = agent.call(
+        "guest-exec", **{"path": program, "arg": list(arguments), "capture-output": True}
+    )["pid"]
+    while True:
+        status = agent.call("guest-exec-status", pid=pid)
+        if status["exited"]:
+            break
+        time.sleep(0.05)
+        agent.left()
+    output = [base64.b64decode(status.get(name, "")).decode() for name in ("out-data", "err-data")]
+    if status.get("exitcode") != 0:
+        raise LabError(f"{program} failed in the guest: {status.get('exitcode')}: {output[1]}")
+    return output[0]
+
+
+def qmp(vm, deadline, command):
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(deadline - time.monotonic())
+        connection.connect(str(vm.qmp_socket))
+        stream = connection.makefile("rw")
+        stream.readline()
+        answer = {}
+        for execute in ("qmp_capabilities", command):
+            stream.write(json.dumps({"execute": execute}) + "\n")
+            stream.flush()
+            while not answer.keys() & {"return", "error"}:
+                answer = json.loads(stream.readline())
+            if "error" in answer:
+                raise LabError(f"QEMU refused {execute}: {answer['error'].get('desc')}")
+            result = answer.pop("return")
+    return json.dumps(result)
+
+
 def shutdown(vm, deadline):
     process = vm.pidfd()
     if process is None:
@@ -224,12 +262,17 @@ def main():
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, timeout in (
-        ("start", 60), ("wait-agent", 180), ("hostname", 30), ("shutdown", 90), ("kill", 10),
+        ("start", 60), ("wait-agent", 180), ("hostname", 30), ("exec", 60), ("qmp", 30),
+        ("shutdown", 90), ("kill", 10),
     ):  # fmt: skip
         command = commands.add_parser(name)
         command.add_argument("--dir", required=True, help="the VM's run directory")
         if name != "start":
             command.add_argument("--timeout", type=float, default=timeout, help="seconds")
+            if name == "qmp":
+                command.add_argument("execute")
+            if name == "exec":
+                command.add_argument("program", nargs=argparse.REMAINDER)
             continue
         command.add_argument("--disk", required=True)
         command.add_argument("--format", required=True, choices=["raw", "qcow2"])
@@ -248,6 +291,10 @@ def main():
             Agent(vm, deadline)
         elif args.command == "hostname":
             print(Agent(vm, deadline).call("guest-get-host-name")["host-name"])
+        elif args.command == "exec":
+            print(execute(vm, deadline, *args.program), end="")
+        elif args.command == "qmp":
+            print(qmp(vm, deadline, args.execute), end="")
         elif args.command == "shutdown":
             shutdown(vm, deadline)
         else:

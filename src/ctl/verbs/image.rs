@@ -141,6 +141,9 @@ fn create_request(args: ImageCreate) -> Result<pb::CreateImageRequest, Failure> 
         compression: args
             .compression
             .map_or_else(Default::default, |method| pb::Compression::from(method).into()),
+        snapshot_mode: args.consistency.map_or_else(Default::default, |mode| {
+            pb::create_image_request::SnapshotMode::from(mode).into()
+        }),
         retry_token: token(args.retry_token)?,
         source,
     })

@@ -15,10 +15,12 @@
 
 pub mod cluster;
 pub mod content;
+mod empty;
 mod header;
 pub mod image;
 pub mod layout;
 
+pub use empty::empty;
 pub use header::{FormatError, HEADER_READ, Header, parse_header};
 
 /// log2 of [`CLUSTER_SIZE`].

@@ -80,6 +80,7 @@ fn work_request(status: Status, read: u64) -> WorkRequest {
         logs: Vec::new(),
         requested_by: "uid 0".into(),
         retry: None,
+        undo: None,
     }
 }
 

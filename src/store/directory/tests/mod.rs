@@ -116,6 +116,7 @@ pub(super) fn sealed(id: &ImageId, parts: &[Part]) -> Sealed {
             content_digest: ContentDigest([1; 32]),
             object_digest: ObjectDigest([2; 32]),
             parts,
+            point_in_time: None,
             time_line: Vec::new(),
             imaged_version: "0.1.0".into(),
         },

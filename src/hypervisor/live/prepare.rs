@@ -1,0 +1,163 @@
+//! Looks whether a snapshot can be taken, and changes nothing.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use nix::unistd::{Gid, Uid};
+
+use super::{
+    COMMAND,
+    find::{BootDisk, boot_disk},
+    freeze::Freezer,
+    names::Names,
+    snapshot::Ready,
+    within,
+};
+use crate::{
+    error::{Context, Error, Reason, Result},
+    hypervisor::{
+        Recorder,
+        agent::Agent,
+        qmp::{Command, Qmp},
+    },
+    model::{
+        ByteSize,
+        instance::Instance,
+        live::{Mode, Undo},
+    },
+    port::SnapshotOrder,
+};
+
+/// What to do where no agent can freeze the guest.
+const CRASH: &str = "start qemu-guest-agent in the guest and name its socket as `agent_socket` in \
+                     the instance's file, or ask for a crash-consistent image";
+
+/// Checks everything that can be checked. `scratch_dir` is where scratch
+/// files go, `tag` what tells this snapshot from others.
+///
+/// # Errors
+///
+/// Those of [`Qmp`] and [`Agent`]; `SNAPSHOT_REFUSED` for what stands against
+/// it.
+pub async fn prepare(
+    instance: &Instance,
+    order: SnapshotOrder,
+    scratch_dir: &Path,
+    tag: String,
+    recorder: Arc<Recorder>,
+) -> Result<Ready> {
+    let names = Names::of(&tag)?;
+    let qmp = Qmp::connect(&instance.qmp_socket, Arc::clone(&recorder), within(COMMAND)).await?;
+    let disk = look(&qmp, instance).await?;
+    let freezer = match (order.mode, &instance.agent_socket) {
+        (Mode::Crash, _) => None,
+        (Mode::Freeze, Some(socket)) => {
+            let connected = Agent::connect(socket, Arc::clone(&recorder), within(COMMAND)).await;
+            Some(Freezer::new(connected?).await?)
+        }
+        (Mode::Freeze, None) => {
+            let context = format!("nothing can freeze instance {:?}", instance.name);
+            let error = Error::new(Reason::GuestAgentUnavailable, context)
+                .because("its file in `instances.d` names no `agent_socket`");
+            return Err(error.advice(CRASH).field("instance_id"));
+        }
+    };
+    let owner = owner(qmp.process());
+    let dir = scratch_dir.join(&tag);
+    room(scratch_dir.to_owned(), order.scratch).await?;
+    let undo = Undo {
+        instance: instance.name.clone(),
+        qmp_socket: instance.qmp_socket.clone(),
+        agent_socket: instance.agent_socket.clone(),
+        tag,
+        device: disk.device.to_string(),
+        node: disk.node.to_string(),
+        dir,
+        frozen: freezer.is_some(),
+    };
+    let volume = instance.boot_volume.clone();
+    Ok(Ready { qmp, freezer, disk, names, undo, owner, volume, order, recorder })
+}
+
+/// Whether this QEMU can, and nothing else is under way in it.
+async fn look(qmp: &Qmp, instance: &Instance) -> Result<BootDisk> {
+    let refused = |why: String| {
+        let name = &instance.name;
+        let context = format!("no snapshot of instance {name:?} can be taken: {why}");
+        Error::new(Reason::SnapshotRefused, context).field("instance_id")
+    };
+    let status = qmp.execute(Command::query_status(), within(COMMAND)).await?;
+    if !status.running {
+        return Err(refused(format!("its virtual CPUs do not run, QEMU says {:?}", status.status))
+            .advice("let it run (`cont`), or shut it down: a stopped instance is imaged at rest"));
+    }
+    let schema = qmp.execute(Command::query_schema(), within(COMMAND)).await?;
+    if !schema.has_breakable_snapshots() {
+        let context = format!(
+            "QEMU {} of instance {:?} has no snapshots that spare the guest",
+            qmp.version(),
+            instance.name
+        );
+        return Err(Error::new(Reason::HypervisorUnsupported, context)
+            .advice("QEMU 7.1 has them; an older one's instance must be shut down first")
+            .field("instance_id"));
+    }
+    let jobs = qmp.execute(Command::query_jobs(), within(COMMAND)).await?;
+    if let Some(job) = jobs.first() {
+        return Err(refused(format!("its QEMU is at another job, {} {:?}", job.kind, job.id))
+            .advice("wait until it has ended, or cancel it"));
+    }
+    let exports = qmp.execute(Command::query_exports(), within(COMMAND)).await?;
+    if let Some(export) = exports.first() {
+        return Err(refused(format!("its QEMU exports {:?} already", export.id))
+            .advice("a QEMU has one NBD server: end the backup that uses it"));
+    }
+    let devices = qmp.execute(Command::query_block(), within(COMMAND)).await?;
+    let used = qmp.execute(Command::query_statistics(), within(COMMAND)).await?;
+    let of = instance.clone();
+    let found = tokio::task::spawn_blocking(move || boot_disk(&of, &devices, &used)).await;
+    let disk = found.context(Reason::Internal, || "the search for the boot disk ended early")??;
+    let kind = qmp.execute(Command::device_type(disk.device.clone()), within(COMMAND)).await?;
+    if ["scsi-block", "scsi-generic"].contains(&kind.as_str()) {
+        return Err(refused(format!(
+            "its boot disk is a {kind}, which writes past QEMU's filters"
+        ))
+        .advice("attach it as scsi-hd or virtio-blk, or shut the instance down"));
+    }
+    Ok(disk)
+}
+
+/// Whom QEMU runs as: what is made for it must be its own.
+fn owner(process: Option<u32>) -> Option<(Uid, Gid)> {
+    let found = fs::metadata(format!("/proc/{}", process?)).ok()?;
+    Some((Uid::from_raw(found.uid()), Gid::from_raw(found.gid())))
+}
+
+/// Scratch that fills the host's disk would hurt others than this image.
+async fn room(dir: PathBuf, wanted: ByteSize) -> Result<()> {
+    let shown = dir.display().to_string();
+    let looked = tokio::task::spawn_blocking(move || {
+        if !dir.exists() {
+            fs::create_dir_all(&dir)?;
+            // QEMU's user passes through; what is in it, it cannot see.
+            fs::set_permissions(&dir, fs::Permissions::from_mode(0o711))?;
+        }
+        let space = nix::sys::statvfs::statvfs(&dir)?;
+        Ok::<_, std::io::Error>(ByteSize(space.blocks_available() * space.fragment_size()))
+    });
+    let free =
+        looked.await.map_err(std::io::Error::other).flatten().context(Reason::Internal, || {
+            format!("the scratch directory {shown} cannot be used")
+        })?;
+    if free < wanted {
+        let context =
+            format!("the scratch directory {shown} has {free} and {wanted} may be needed");
+        return Err(Error::new(Reason::SnapshotRefused, context)
+            .advice("make room, or set `scratch_size` or `scratch_dir`"));
+    }
+    Ok(())
+}

@@ -1,0 +1,144 @@
+//! Takes a snapshot out of a QEMU, whatever is left of it.
+
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
+
+use tokio::time::sleep;
+
+use super::{COMMAND, SCRATCH_FILE, SOCKET_FILE, freeze, names::Names, within};
+use crate::{
+    error::{Context, Error, Reason, Result},
+    hypervisor::{
+        Recorder,
+        agent::{Agent, FreezeStatus},
+        qmp::{Command, Done, ExportId, NodeName, NodeRef, Qmp, Switch},
+    },
+    model::live::Undo,
+};
+
+/// Between two looks whether an export has ended.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// Takes back what `undo` says, by sessions of its own. Whatever is gone
+/// already is success, QEMU itself included.
+///
+/// # Errors
+///
+/// Those of [`Qmp`] and [`Agent`]; it can be tried again.
+pub async fn undo(undo: &Undo, recorder: Arc<Recorder>) -> Result<()> {
+    // What holds the guest first.
+    if undo.frozen {
+        thaw(undo, &recorder).await?;
+    }
+    match Qmp::connect(&undo.qmp_socket, recorder, within(COMMAND)).await {
+        Ok(qmp) => {
+            let taken = take_out(&qmp, undo).await;
+            qmp.close().await;
+            taken?;
+        }
+        Err(error) if error.reason() == Reason::HypervisorGone => {}
+        Err(error) => return Err(error),
+    }
+    clean(undo).await
+}
+
+async fn thaw(undo: &Undo, recorder: &Arc<Recorder>) -> Result<()> {
+    let Some(socket) = &undo.agent_socket else { return Ok(()) };
+    // Without QEMU nobody listens, and nothing is frozen.
+    let reached = Qmp::connect(&undo.qmp_socket, Arc::clone(recorder), within(COMMAND)).await;
+    match reached {
+        Ok(qmp) => qmp.close().await,
+        Err(error) if error.reason() == Reason::HypervisorGone => return Ok(()),
+        Err(_) => {}
+    }
+    let agent = Agent::connect(socket, Arc::clone(recorder), within(COMMAND)).await?;
+    if agent.freeze_status(within(COMMAND)).await? == FreezeStatus::Frozen {
+        let count = freeze::thaw(&agent, recorder).await?;
+        tracing::warn!(instance = undo.instance, count, "thawed a guest that was left frozen");
+    }
+    Ok(())
+}
+
+/// Takes out of QEMU what was put in, in the one order that works.
+pub(super) async fn take_out(qmp: &Qmp, undo: &Undo) -> Result<()> {
+    let names = Names::of(&undo.tag)?;
+    end_exports(qmp, &names).await?;
+    // A QEMU has one server. It is ours when its socket is, and QEMU removes
+    // the socket with it.
+    let socket = undo.dir.join(SOCKET_FILE);
+    if tokio::fs::try_exists(&socket).await.unwrap_or(false) {
+        let _ = qmp.stop_nbd_server(within(COMMAND)).await?;
+    }
+    let nodes = qmp.execute(Command::query_nodes(), within(COMMAND)).await?;
+    let is_there = |name: &NodeName| {
+        nodes.iter().any(|node| node.node_name.as_ref() == Some(&NodeRef::from(name)))
+    };
+    let remove = async |name: &NodeName| -> Result<()> {
+        if is_there(name) {
+            let Done {} = qmp.execute(Command::delete_node(name.clone()), within(COMMAND)).await?;
+        }
+        Ok(())
+    };
+    remove(&names.access).await?;
+    if is_there(&names.filter) {
+        switch_back(qmp, undo, &names).await?;
+    }
+    for name in [&names.filter, &names.overlay, &names.scratch] {
+        remove(name).await?;
+    }
+    Ok(())
+}
+
+/// Ends the snapshot's exports.
+async fn end_exports(qmp: &Qmp, names: &Names) -> Result<()> {
+    let ours = [&names.snapshot, &names.saved, &names.live];
+    let end = within(COMMAND);
+    let mut asked = Vec::<ExportId>::new();
+    loop {
+        let exports = qmp.execute(Command::query_exports(), within(COMMAND)).await?;
+        let mut left = ours.iter().filter(|id| exports.iter().any(|e| e.id == id.as_str()));
+        let Some(first) = left.next() else { return Ok(()) };
+        for id in std::iter::once(first).chain(left) {
+            if !asked.contains(id) {
+                asked.push((*id).clone());
+                let Done {} =
+                    qmp.execute(Command::delete_export((*id).clone()), within(COMMAND)).await?;
+            }
+        }
+        if tokio::time::Instant::now() >= end {
+            let context = format!("QEMU did not end the export {first}");
+            return Err(Error::new(Reason::HypervisorTimeout, context));
+        }
+        sleep(LOOK).await;
+    }
+}
+
+async fn switch_back(qmp: &Qmp, undo: &Undo, names: &Names) -> Result<()> {
+    let odd =
+        || format!("the journal's words for the disk of instance {:?} are odd", undo.instance);
+    let device = undo.device.parse().context(Reason::Internal, odd)?;
+    let node = undo.node.parse().context(Reason::Internal, odd)?;
+    let filter = NodeRef::from(&names.filter);
+    match qmp.switch_drive(&device, &filter, &node, within(COMMAND)).await {
+        Ok(Switch::Switched | Switch::AlreadyThere) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes the scratch file and the socket.
+pub(super) async fn clean(undo: &Undo) -> Result<()> {
+    let dir = undo.dir.clone();
+    let removed = tokio::task::spawn_blocking(move || remove(&dir)).await;
+    let removed = removed.unwrap_or_else(|panic| Err(io::Error::other(panic)));
+    removed.context(Reason::Internal, || format!("{} cannot be removed", undo.dir.display()))
+}
+
+fn remove(dir: &Path) -> io::Result<()> {
+    let gone = |outcome: io::Result<()>| match outcome {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        outcome => outcome,
+    };
+    for file in [SOCKET_FILE, SCRATCH_FILE] {
+        gone(fs::remove_file(dir.join(file)))?;
+    }
+    gone(fs::remove_dir(dir))
+}

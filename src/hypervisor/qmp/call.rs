@@ -1,0 +1,291 @@
+//! How commands are written, what they are for, and what of them is recorded.
+//!
+//! Built by the constructors of [`Command`](super::Command) alone.
+
+use std::num::NonZeroU32;
+
+use serde::Serialize;
+
+use super::names::{DevicePath, ExportId, FilePath, JobId, NodeName, NodeRef, SocketPath};
+use crate::hypervisor::recorder::{Keep, Lane};
+
+/// The commands as they are encoded: `execute` is the variant's name.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "execute", content = "arguments", rename_all = "kebab-case")]
+#[serde(rename_all_fields = "kebab-case")]
+pub(super) enum Call {
+    #[serde(rename = "qmp_capabilities")]
+    QmpCapabilities,
+    QueryStatus,
+    QueryQmpSchema,
+    QueryBlock,
+    QueryNamedBlockNodes {
+        flat: bool,
+    },
+    QueryBlockstats {
+        query_nodes: bool,
+    },
+    QueryJobs,
+    QueryBlockExports,
+    BlockdevAdd(NewNode),
+    BlockdevDel {
+        node_name: NodeName,
+    },
+    QomGet {
+        path: DevicePath,
+        property: Question,
+    },
+    QomSet {
+        path: DevicePath,
+        property: Property,
+        value: NodeRef,
+    },
+    NbdServerStart {
+        addr: Address,
+        max_connections: u32,
+    },
+    NbdServerStop,
+    BlockExportAdd(NewExport),
+    BlockExportDel {
+        id: ExportId,
+        mode: ExportEnd,
+    },
+    Transaction {
+        actions: [Action; 1],
+    },
+    JobPause {
+        id: JobId,
+    },
+    JobCancel {
+        id: JobId,
+    },
+    JobDismiss {
+        id: JobId,
+    },
+    Cont,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "driver", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
+pub(super) enum NewNode {
+    File {
+        node_name: NodeName,
+        filename: FilePath,
+        cache: Cache,
+        discard: Discard,
+    },
+    Qcow2 {
+        node_name: NodeName,
+        file: NodeName,
+        backing: Option<NodeRef>,
+    },
+    CopyBeforeWrite {
+        node_name: NodeName,
+        file: NodeRef,
+        target: NodeName,
+        on_cbw_error: OnError,
+        cbw_timeout: NonZeroU32,
+    },
+    SnapshotAccess {
+        node_name: NodeName,
+        file: NodeName,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Cache {
+    pub(super) no_flush: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Discard {
+    Unmap,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum OnError {
+    BreakSnapshot,
+}
+
+/// What is asked of a device.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Question {
+    Type,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Property {
+    Drive,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "type", content = "data", rename_all = "kebab-case")]
+pub(super) enum Address {
+    Unix { path: SocketPath },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "type", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
+pub(super) enum NewExport {
+    Nbd {
+        id: ExportId,
+        name: ExportId,
+        node_name: NodeName,
+        writable: bool,
+        allocation_depth: bool,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum ExportEnd {
+    Hard,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(tag = "type", content = "data", rename_all = "kebab-case")]
+pub(super) enum Action {
+    BlockdevBackup(Backup),
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Backup {
+    pub(super) job_id: JobId,
+    pub(super) device: NodeRef,
+    pub(super) target: NodeName,
+    pub(super) sync: Sync,
+    pub(super) filter_node_name: NodeName,
+    pub(super) auto_dismiss: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Sync {
+    None,
+}
+
+impl Call {
+    /// Its name on the wire.
+    pub(super) const fn name(&self) -> &'static str {
+        match self {
+            Self::QmpCapabilities => "qmp_capabilities",
+            Self::QueryStatus => "query-status",
+            Self::QueryQmpSchema => "query-qmp-schema",
+            Self::QueryBlock => "query-block",
+            Self::QueryNamedBlockNodes { .. } => "query-named-block-nodes",
+            Self::QueryBlockstats { .. } => "query-blockstats",
+            Self::QueryJobs => "query-jobs",
+            Self::QueryBlockExports => "query-block-exports",
+            Self::BlockdevAdd(_) => "blockdev-add",
+            Self::BlockdevDel { .. } => "blockdev-del",
+            Self::QomGet { .. } => "qom-get",
+            Self::QomSet { .. } => "qom-set",
+            Self::NbdServerStart { .. } => "nbd-server-start",
+            Self::NbdServerStop => "nbd-server-stop",
+            Self::BlockExportAdd(_) => "block-export-add",
+            Self::BlockExportDel { .. } => "block-export-del",
+            Self::Transaction { .. } => "transaction",
+            Self::JobPause { .. } => "job-pause",
+            Self::JobCancel { .. } => "job-cancel",
+            Self::JobDismiss { .. } => "job-dismiss",
+            Self::Cont => "cont",
+        }
+    }
+
+    /// What it does, to follow "QEMU refused to".
+    pub(super) fn purpose(&self) -> String {
+        match self {
+            Self::QmpCapabilities => "begin a session".into(),
+            Self::QueryStatus => "say whether the VM runs".into(),
+            Self::QueryQmpSchema => "say what it can do".into(),
+            Self::QueryBlock => "list the disks".into(),
+            Self::QueryNamedBlockNodes { .. } => "list the block nodes".into(),
+            Self::QueryBlockstats { .. } => "tell the disks' statistics".into(),
+            Self::QueryJobs => "list the jobs".into(),
+            Self::QueryBlockExports => "list the exports".into(),
+            Self::BlockdevAdd(node) => match node {
+                NewNode::File { node_name, filename, .. } => {
+                    format!("open the scratch file {filename} as the node {node_name}")
+                }
+                NewNode::Qcow2 { node_name, .. } => format!("add the overlay {node_name}"),
+                NewNode::CopyBeforeWrite { node_name, file, .. } => {
+                    format!("add the copy-before-write filter {node_name} to {file}")
+                }
+                NewNode::SnapshotAccess { node_name, file } => {
+                    format!("show the snapshot of {file} as the node {node_name}")
+                }
+            },
+            Self::BlockdevDel { node_name } => format!("remove the node {node_name}"),
+            Self::QomGet { path, .. } => format!("say what kind of device {path} is"),
+            Self::QomSet { path, value, .. } => format!("give the device {path} the node {value}"),
+            Self::NbdServerStart { addr: Address::Unix { path }, .. } => {
+                format!("serve NBD on {path}")
+            }
+            Self::NbdServerStop => "end its NBD server".into(),
+            Self::BlockExportAdd(NewExport::Nbd { id, node_name, .. }) => {
+                format!("export the node {node_name} as {id}")
+            }
+            Self::BlockExportDel { id, .. } => format!("end the export {id}"),
+            Self::Transaction { actions: [Action::BlockdevBackup(backup)] } => {
+                format!("begin the backup job {} of {}", backup.job_id, backup.device)
+            }
+            Self::JobPause { id } => format!("pause the job {id}"),
+            Self::JobCancel { id } => format!("cancel the job {id}"),
+            Self::JobDismiss { id } => format!("forget the job {id}"),
+            Self::Cont => "let the virtual CPUs run".into(),
+        }
+    }
+
+    /// Where it and its answer are recorded.
+    pub(super) fn lane(&self) -> Lane {
+        let name = self.name();
+        match name.starts_with("query-") || name == "qom-get" {
+            true => Lane::Queries,
+            false => Lane::Commands,
+        }
+    }
+
+    /// What of its answer may be recorded. Names of files may hold a
+    /// password: a URL's, or a `json:{…}`'s.
+    pub(super) const fn keep(&self) -> Keep {
+        const BLOCK: Keep = Keep::Members(&[
+            "device",
+            "qdev",
+            "io-status",
+            "inserted",
+            "node-name",
+            "drv",
+            "ro",
+            "image",
+            "format",
+            "virtual-size",
+            "actual-size",
+        ]);
+        const STATISTICS: Keep = Keep::Members(&[
+            "device",
+            "qdev",
+            "node-name",
+            "stats",
+            "rd_operations",
+            "wr_operations",
+            "flush_operations",
+            "rd_bytes",
+            "wr_bytes",
+            "rd_total_time_ns",
+            "wr_total_time_ns",
+            "flush_total_time_ns",
+        ]);
+        match self {
+            Self::QueryQmpSchema => Keep::Length,
+            Self::QueryBlock | Self::QueryNamedBlockNodes { .. } => BLOCK,
+            Self::QueryBlockstats { .. } => STATISTICS,
+            _ => Keep::All,
+        }
+    }
+}

@@ -1,0 +1,389 @@
+//! Every command that imaged can send to QEMU. Nothing else can be encoded.
+
+use std::{marker::PhantomData, num::NonZeroU32};
+
+use super::{
+    answer::{BlockDevice, BlockExport, BlockNode, DeviceStatistics, Done, Job, Schema, Status},
+    call::{
+        Action, Address, Backup, Cache, Call, Discard, ExportEnd, NewExport, NewNode, OnError,
+        Property, Question, Sync,
+    },
+    names::{DevicePath, ExportId, FilePath, JobId, NodeName, NodeRef, SocketPath},
+};
+use crate::hypervisor::allowed::Allowed;
+
+/// What imaged may send, published in `docs/qemu-commands.md`.
+pub const ALLOWED: &[Allowed] = &[
+    Allowed { name: "qmp_capabilities", why: "begins every session; no capability is asked for" },
+    Allowed { name: "query-status", why: "whether the virtual CPUs run" },
+    Allowed {
+        name: "query-qmp-schema",
+        why: "whether this QEMU can snapshot without endangering the guest",
+    },
+    Allowed { name: "query-block", why: "which device has the boot volume" },
+    Allowed {
+        name: "query-named-block-nodes",
+        why: "the block nodes, to find what an imaged that died has left",
+    },
+    Allowed { name: "query-blockstats", why: "which node a device uses" },
+    Allowed { name: "query-jobs", why: "progress and errors of the backup job" },
+    Allowed {
+        name: "query-block-exports",
+        why: "the exports, to find what an imaged that died has left",
+    },
+    Allowed {
+        name: "blockdev-add",
+        why: "adds scratch file, overlay, copy-before-write filter and snapshot access, all named `imaged-…`",
+    },
+    Allowed { name: "blockdev-del", why: "removes nodes named `imaged-…`, no others" },
+    Allowed {
+        name: "qom-get",
+        why: "the property `type` of a disk, nothing else: some write past QEMU's filters",
+    },
+    Allowed {
+        name: "qom-set",
+        why: "puts the filter in front of the boot volume and takes it away: the property `drive` of a disk, nothing else, and never to the node that it has",
+    },
+    Allowed { name: "nbd-server-start", why: "on a Unix socket, to read the snapshot" },
+    Allowed { name: "nbd-server-stop", why: "unless somebody else's exports are there" },
+    Allowed { name: "block-export-add", why: "read-only, named `imaged-…`" },
+    Allowed { name: "block-export-del", why: "exports named `imaged-…`, no others" },
+    Allowed {
+        name: "transaction",
+        why: "begins one backup job named `imaged-…` that copies old data before the guest overwrites it, where QEMU is too old for the filter",
+    },
+    Allowed { name: "job-pause", why: "jobs named `imaged-…`, no others" },
+    Allowed { name: "job-cancel", why: "jobs named `imaged-…`, no others" },
+    Allowed { name: "job-dismiss", why: "jobs named `imaged-…`, no others" },
+    Allowed {
+        name: "cont",
+        why: "lets the virtual CPUs run again after an I/O error that imaged has caused",
+    },
+];
+
+/// Connections that the NBD server takes: some for the snapshot, one for the
+/// scratch, and the rest for those that a dead imaged has left open.
+const NBD_CONNECTIONS: u32 = 16;
+
+/// A command, and the type of its answer.
+///
+/// The constructors below are all that there is; [`ALLOWED`] says the same
+/// for people.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Command<A> {
+    pub(super) call: Call,
+    answer: PhantomData<fn() -> A>,
+}
+
+impl<A> From<Call> for Command<A> {
+    fn from(call: Call) -> Self {
+        Self { call, answer: PhantomData }
+    }
+}
+
+impl Command<Status> {
+    /// Whether the virtual CPUs run.
+    #[must_use]
+    pub fn query_status() -> Self {
+        Call::QueryStatus.into()
+    }
+}
+
+impl Command<Schema> {
+    /// What this QEMU can do.
+    #[must_use]
+    pub fn query_schema() -> Self {
+        Call::QueryQmpSchema.into()
+    }
+}
+
+impl Command<Vec<BlockDevice>> {
+    /// All devices that have or could have a disk. QEMU asks the filesystem
+    /// for sizes, which blocks the VM while a network filesystem hangs.
+    #[must_use]
+    pub fn query_block() -> Self {
+        Call::QueryBlock.into()
+    }
+}
+
+impl Command<Vec<BlockNode>> {
+    /// All block nodes that have a name. Asks the filesystem, as
+    /// `query_block` does.
+    #[must_use]
+    pub fn query_nodes() -> Self {
+        Call::QueryNamedBlockNodes { flat: true }.into()
+    }
+}
+
+impl Command<Vec<DeviceStatistics>> {
+    /// Counters and latencies of all devices that have a disk, and which
+    /// node each uses. Asks no filesystem.
+    #[must_use]
+    pub fn query_statistics() -> Self {
+        Call::QueryBlockstats { query_nodes: false }.into()
+    }
+}
+
+impl Command<String> {
+    /// What kind of device it is, e.g. `virtio-blk-device`.
+    #[must_use]
+    pub fn device_type(path: DevicePath) -> Self {
+        Call::QomGet { path, property: Question::Type }.into()
+    }
+}
+
+impl Command<Vec<Job>> {
+    /// All jobs, not only imaged's.
+    #[must_use]
+    pub fn query_jobs() -> Self {
+        Call::QueryJobs.into()
+    }
+}
+
+impl Command<Vec<BlockExport>> {
+    /// All exports, not only imaged's.
+    #[must_use]
+    pub fn query_exports() -> Self {
+        Call::QueryBlockExports.into()
+    }
+}
+
+impl Command<Done> {
+    /// Opens the file that takes what the guest overwrites. It is worthless
+    /// once QEMU ends, so nothing waits for it to reach the disk.
+    #[must_use]
+    pub fn add_scratch(node: NodeName, file: FilePath) -> Self {
+        let cache = Cache { no_flush: true };
+        let discard = Discard::Unmap;
+        Call::BlockdevAdd(NewNode::File { node_name: node, filename: file, cache, discard }).into()
+    }
+
+    /// Takes the scratch node `file` as a qcow2. Whatever backing file its
+    /// header names is not opened; `backing` is for the backup job alone,
+    /// which has its reader look through the overlay at the volume.
+    #[must_use]
+    pub fn add_overlay(node: NodeName, file: NodeName, backing: Option<NodeRef>) -> Self {
+        Call::BlockdevAdd(NewNode::Qcow2 { node_name: node, file, backing }).into()
+    }
+
+    /// Begins a snapshot of `file`: the point in time. From now on `target`
+    /// takes what is overwritten *through this node*; `switch_drive` brings
+    /// the guest's writes here. When copying fails or takes longer than
+    /// `timeout_seconds`, the snapshot ends and the guest goes on.
+    #[must_use]
+    pub fn add_copy_before_write(
+        node: NodeName,
+        file: NodeRef,
+        target: NodeName,
+        timeout_seconds: NonZeroU32,
+    ) -> Self {
+        Call::BlockdevAdd(NewNode::CopyBeforeWrite {
+            node_name: node,
+            file,
+            target,
+            on_cbw_error: OnError::BreakSnapshot,
+            cbw_timeout: timeout_seconds,
+        })
+        .into()
+    }
+
+    /// Shows the snapshot that `filter` keeps.
+    #[must_use]
+    pub fn add_snapshot_access(node: NodeName, filter: NodeName) -> Self {
+        Call::BlockdevAdd(NewNode::SnapshotAccess { node_name: node, file: filter }).into()
+    }
+
+    /// Removes a node that nothing uses.
+    #[must_use]
+    pub fn delete_node(node: NodeName) -> Self {
+        Call::BlockdevDel { node_name: node }.into()
+    }
+
+    /// Starts QEMU's NBD server on a new Unix socket. A QEMU has one server:
+    /// it is refused while somebody's runs.
+    #[must_use]
+    pub fn start_nbd_server(socket: SocketPath) -> Self {
+        let addr = Address::Unix { path: socket };
+        Call::NbdServerStart { addr, max_connections: NBD_CONNECTIONS }.into()
+    }
+
+    /// Exports `node` read-only under the name `id`. It is served in the
+    /// thread that the node lives in, a disk's iothread included.
+    #[must_use]
+    pub fn add_export(id: ExportId, node: NodeName, map: AllocationMap) -> Self {
+        let allocation_depth = map == AllocationMap::Told;
+        Call::BlockExportAdd(NewExport::Nbd {
+            name: id.clone(),
+            id,
+            node_name: node,
+            writable: false,
+            allocation_depth,
+        })
+        .into()
+    }
+
+    /// Begins to end an export, and closes its readers' connections. It has
+    /// ended with the event `BLOCK_EXPORT_DELETED`.
+    #[must_use]
+    pub fn delete_export(id: ExportId) -> Self {
+        Call::BlockExportDel { id, mode: ExportEnd::Hard }.into()
+    }
+
+    /// Begins a job that copies to `target` what the guest overwrites in
+    /// `device`: the point in time. A copy that fails fails the guest's write,
+    /// too: the guest's own error policy may then stop the VM.
+    #[must_use]
+    pub fn start_backup(job: JobId, filter: NodeName, device: NodeRef, target: NodeName) -> Self {
+        let backup = Action::BlockdevBackup(Backup {
+            job_id: job,
+            device,
+            target,
+            sync: Sync::None,
+            filter_node_name: filter,
+            auto_dismiss: false,
+        });
+        Call::Transaction { actions: [backup] }.into()
+    }
+
+    /// Pauses a job.
+    #[must_use]
+    pub fn pause_job(id: JobId) -> Self {
+        Call::JobPause { id }.into()
+    }
+
+    /// Begins to end a job, paused or not. It has ended when it is
+    /// `concluded`; then it is to be dismissed.
+    #[must_use]
+    pub fn cancel_job(id: JobId) -> Self {
+        Call::JobCancel { id }.into()
+    }
+
+    /// Forgets a job that has concluded.
+    #[must_use]
+    pub fn dismiss_job(id: JobId) -> Self {
+        Call::JobDismiss { id }.into()
+    }
+
+    /// Lets the virtual CPUs run.
+    #[must_use]
+    pub fn cont() -> Self {
+        Call::Cont.into()
+    }
+
+    pub(super) fn begin_session() -> Self {
+        Call::QmpCapabilities.into()
+    }
+
+    /// Only for `Qmp::switch_drive`, which has seen that `node` is not the
+    /// one that the device has.
+    pub(super) fn set_drive(path: DevicePath, node: NodeRef) -> Self {
+        Call::QomSet { path, property: Property::Drive, value: node }.into()
+    }
+
+    /// Only for `Qmp::stop_nbd_server`, which has seen whose exports are left.
+    pub(super) fn stop_nbd_server() -> Self {
+        Call::NbdServerStop.into()
+    }
+}
+
+/// Whether an export tells which clusters its node has allocated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AllocationMap {
+    /// As the metadata context `qemu:allocation-depth`.
+    Told,
+    /// Not.
+    Hidden,
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use std::{collections::BTreeSet, path::Path};
+
+    use super::*;
+    use crate::hypervisor::qmp::codec;
+
+    fn own<T: std::str::FromStr<Err: std::fmt::Debug>>(text: &str) -> T {
+        text.parse().unwrap()
+    }
+
+    /// One of each.
+    pub fn samples() -> Vec<Call> {
+        let file = FilePath::new(Path::new("/scratch/a.qcow2")).unwrap();
+        let socket = SocketPath::new(Path::new("/run/nbd")).unwrap();
+        let timeout = NonZeroU32::new(30).unwrap();
+        vec![
+            Command::begin_session().call,
+            Command::query_status().call,
+            Command::query_schema().call,
+            Command::query_block().call,
+            Command::query_nodes().call,
+            Command::query_statistics().call,
+            Command::query_jobs().call,
+            Command::query_exports().call,
+            Command::add_scratch(own("imaged-s"), file).call,
+            Command::add_overlay(own("imaged-o"), own("imaged-s"), None).call,
+            Command::add_overlay(own("imaged-o"), own("imaged-s"), Some(own("boot"))).call,
+            Command::add_copy_before_write(own("imaged-f"), own("#b1"), own("imaged-o"), timeout)
+                .call,
+            Command::add_snapshot_access(own("imaged-a"), own("imaged-f")).call,
+            Command::delete_node(own("imaged-a")).call,
+            Command::device_type(own("/machine/peripheral/d")).call,
+            Command::set_drive(own("/machine/peripheral/d"), own("imaged-f")).call,
+            Command::start_nbd_server(socket).call,
+            Command::stop_nbd_server().call,
+            Command::add_export(own("imaged-e"), own("imaged-a"), AllocationMap::Told).call,
+            Command::delete_export(own("imaged-e")).call,
+            Command::start_backup(own("imaged-j"), own("imaged-f"), own("b"), own("imaged-o")).call,
+            Command::pause_job(own("imaged-j")).call,
+            Command::cancel_job(own("imaged-j")).call,
+            Command::dismiss_job(own("imaged-j")).call,
+            Command::cont().call,
+        ]
+    }
+
+    #[test]
+    fn every_command_is_encoded_as_qemu_reads_it() {
+        let lines: Vec<_> = samples()
+            .iter()
+            .map(|call| String::from_utf8(codec::encode(call, 1).unwrap()).unwrap())
+            .collect();
+        insta::assert_snapshot!(lines.concat(), @r##"
+        {"execute":"qmp_capabilities","id":1}
+        {"execute":"query-status","id":1}
+        {"execute":"query-qmp-schema","id":1}
+        {"execute":"query-block","id":1}
+        {"execute":"query-named-block-nodes","arguments":{"flat":true},"id":1}
+        {"execute":"query-blockstats","arguments":{"query-nodes":false},"id":1}
+        {"execute":"query-jobs","id":1}
+        {"execute":"query-block-exports","id":1}
+        {"execute":"blockdev-add","arguments":{"driver":"file","node-name":"imaged-s","filename":"/scratch/a.qcow2","cache":{"no-flush":true},"discard":"unmap"},"id":1}
+        {"execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"imaged-o","file":"imaged-s","backing":null},"id":1}
+        {"execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"imaged-o","file":"imaged-s","backing":"boot"},"id":1}
+        {"execute":"blockdev-add","arguments":{"driver":"copy-before-write","node-name":"imaged-f","file":"#b1","target":"imaged-o","on-cbw-error":"break-snapshot","cbw-timeout":30},"id":1}
+        {"execute":"blockdev-add","arguments":{"driver":"snapshot-access","node-name":"imaged-a","file":"imaged-f"},"id":1}
+        {"execute":"blockdev-del","arguments":{"node-name":"imaged-a"},"id":1}
+        {"execute":"qom-get","arguments":{"path":"/machine/peripheral/d","property":"type"},"id":1}
+        {"execute":"qom-set","arguments":{"path":"/machine/peripheral/d","property":"drive","value":"imaged-f"},"id":1}
+        {"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"/run/nbd"}},"max-connections":16},"id":1}
+        {"execute":"nbd-server-stop","id":1}
+        {"execute":"block-export-add","arguments":{"type":"nbd","id":"imaged-e","name":"imaged-e","node-name":"imaged-a","writable":false,"allocation-depth":true},"id":1}
+        {"execute":"block-export-del","arguments":{"id":"imaged-e","mode":"hard"},"id":1}
+        {"execute":"transaction","arguments":{"actions":[{"type":"blockdev-backup","data":{"job-id":"imaged-j","device":"b","target":"imaged-o","sync":"none","filter-node-name":"imaged-f","auto-dismiss":false}}]},"id":1}
+        {"execute":"job-pause","arguments":{"id":"imaged-j"},"id":1}
+        {"execute":"job-cancel","arguments":{"id":"imaged-j"},"id":1}
+        {"execute":"job-dismiss","arguments":{"id":"imaged-j"},"id":1}
+        {"execute":"cont","id":1}
+        "##);
+    }
+
+    #[test]
+    fn the_list_has_every_command_and_no_more() {
+        let sent: BTreeSet<_> = samples().iter().map(Call::name).collect();
+        let listed: BTreeSet<_> = ALLOWED.iter().map(|allowed| allowed.name).collect();
+        assert_eq!(sent, listed);
+        for call in samples() {
+            let value = serde_json::to_value(&call).unwrap();
+            assert_eq!(value["execute"], call.name());
+        }
+    }
+}

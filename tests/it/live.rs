@@ -1,0 +1,360 @@
+//! Images of a guest that goes on working.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Write},
+    net::Shutdown,
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::Duration,
+};
+
+use serde_json::Value;
+
+use crate::{
+    lab::{Config, Daemon, Guest, run, scratch, wait_for},
+    lifecycle::status,
+};
+
+/// Appends numbered records with a checksum to /records, each with fsync, and
+/// keeps the longest time that one took, in microseconds, in /run/longest.
+const WRITER: &str = r#"
+use strict; use IO::Handle; use Time::HiRes qw(time);
+open(my $records, '>>', '/records') or die $!;
+$records->autoflush(1);
+my ($number, $longest) = (0, 0);
+while (1) {
+    my $begin = time;
+    my $text = sprintf('%010d', $number);
+    my $sum = unpack('%32C*', $text . 'imaged') * 2654435761 % 4294967296;
+    print $records "$text $sum\n" or die $!;
+    $records->sync or die $!;
+    my $took = int((time - $begin) * 1e6);
+    if ($took > $longest) {
+        $longest = $took;
+        open(my $out, '>', '/run/longest') or die $!;
+        print $out "$longest\n";
+    }
+    $number++;
+}
+"#;
+
+fn start_writer(guest: &Guest) {
+    guest.sh(&format!(
+        "cat > /run/writer.pl <<'END'\n{WRITER}\nEND\n\
+         setsid perl /run/writer.pl >/run/writer.log 2>&1 </dev/null &\n\
+         for try in 1 2 3 4 5 6 7 8 9; do sleep 0.5; [ -s /records ] && exit 0; done\n\
+         cat /run/writer.log >&2; exit 1"
+    ));
+}
+
+fn config(guest: &Guest) -> Config {
+    let scratch = guest.disk().with_file_name("scratch");
+    Config {
+        lines: format!("scratch_size = \"1GiB\"\nscratch_dir = {scratch:?}"),
+        instances: vec![("web-1".into(), guest.instance())],
+        ..Config::default()
+    }
+}
+
+fn daemon(guest: &Guest) -> Daemon {
+    Daemon::start(&config(guest))
+}
+
+fn capture(daemon: &Daemon, more: &[&str]) -> Value {
+    let args = ["image", "create", "--instance-id", "web-1", "--wait-for-state", "AVAILABLE"];
+    daemon.json(&[&args[..], more].concat())["data"].clone()
+}
+
+fn object(daemon: &Daemon, image: &Value) -> PathBuf {
+    daemon.images().join(image["id"].as_str().unwrap()).join("image.qcow2")
+}
+
+/// The records in an image, after its journal was replayed. Its filesystem
+/// must then be clean; without `replay` it must be so at once.
+fn records(object: &Path, replay: bool) -> Vec<String> {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let disk = dir.path().join("disk.raw").display().to_string();
+    run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", object.to_str().unwrap(), &disk]);
+    // Where the root's partition begins.
+    let mut root = format!("{disk}?offset=1048576");
+    if replay {
+        root = dir.path().join("root").display().to_string();
+        let (from, to) = (format!("if={disk}"), format!("of={root}"));
+        run("dd", &[&from, &to, "bs=1M", "skip=1", "conv=sparse", "status=none"]);
+        // 1: the journal was replayed, and all is well.
+        run("sh", &["-c", &format!("e2fsck -E journal_only -p '{root}' || [ $? = 1 ]")]);
+    }
+    run("e2fsck", &["-f", "-n", &root]);
+    run("debugfs", &["-R", "cat /records", &root]).lines().map(str::to_owned).collect()
+}
+
+fn assert_prefix(records: &[String]) {
+    assert!(!records.is_empty());
+    for (number, record) in records.iter().enumerate() {
+        let text = format!("{number:010}");
+        let sum: u64 = text.bytes().chain(*b"imaged").map(u64::from).sum();
+        let sum = sum * 2_654_435_761 % 4_294_967_296;
+        assert_eq!(*record, format!("{text} {sum}"));
+    }
+}
+
+#[test]
+#[ignore = "needs root, QEMU and minutes"]
+fn qemu_guest_is_imaged_while_it_writes() {
+    let guest = Guest::boot();
+    start_writer(&guest);
+    let daemon = daemon(&guest);
+    let mut before = 0;
+    for (mode, consistency) in [("freeze", "FILESYSTEM"), ("crash", "CRASH")] {
+        for _ in 0..3 {
+            let image = capture(&daemon, &["--consistency", mode]);
+            assert_eq!(image["consistency"], consistency);
+            let records = records(&object(&daemon, &image), mode == "crash");
+            assert_prefix(&records);
+            assert!(records.len() > before, "the guest wrote nothing");
+            before = records.len();
+            let id = image["id"].as_str().unwrap();
+            assert!(
+                daemon.imagectl(&["image", "delete", "--force", "--image-id", id]).status.success()
+            );
+        }
+    }
+    assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
+    println!("longest record: {} µs", guest.sh("cat /run/longest").trim());
+    assert_nothing_left(&guest);
+}
+
+/// Neither in QEMU nor in the scratch directory.
+fn assert_nothing_left(guest: &Guest) {
+    let scratch = guest.disk().with_file_name("scratch");
+    assert_eq!(fs::read_dir(scratch).unwrap().count(), 0);
+    let nodes = guest.qmp("query-named-block-nodes");
+    assert!(!nodes.contains("imaged-"), "{nodes}");
+    assert_eq!(guest.qmp("query-block-exports"), "[]");
+    // Its own node again, by name.
+    assert!(guest.qmp("query-blockstats").contains(r#""node-name": "boot""#));
+}
+
+/// Waits until the guest has written more records.
+fn assert_it_writes(guest: &Guest) {
+    let count = || guest.sh("wc -l < /records").trim().parse::<u64>().unwrap();
+    let before = count();
+    wait_for("the guest to write", Duration::from_secs(10), || (count() > before).then_some(()));
+}
+
+/// Asks for an image and returns the work request once it reads.
+fn reading(daemon: &Daemon, more: &[&str]) -> String {
+    let args = ["image", "create", "--instance-id", "web-1"];
+    let started = daemon.json(&[&args[..], more].concat());
+    let request = started["opc-work-request-id"].as_str().unwrap().to_owned();
+    wait_for("the capture to read", Duration::from_secs(60), || {
+        let now = status(daemon, &request);
+        assert!(now["time-finished"].is_null(), "{now}");
+        (now["phase"] == "read").then_some(())
+    });
+    request
+}
+
+#[test]
+#[ignore = "needs root, QEMU and a minute"]
+fn qemu_guest_gets_its_disk_back_from_a_daemon_that_was_killed_or_stopped() {
+    let guest = Guest::boot();
+    start_writer(&guest);
+    let running = daemon(&guest);
+    let request = reading(&running, &[]);
+    let kept = running.kill().unwrap();
+    assert_it_writes(&guest);
+    assert!(guest.qmp("query-block-exports").contains("imaged-"), "the capture had not begun");
+
+    let running = Daemon::start_in(kept.path(), &config(&guest));
+    let ended = status(&running, &request);
+    assert_eq!(ended["status"], "FAILED");
+    assert!(ended["logs"].to_string().contains("took the snapshot out"), "{ended}");
+    assert_nothing_left(&guest);
+    assert_it_writes(&guest);
+
+    // In order: what is being done is undone before the end.
+    let request = reading(&running, &["--consistency", "crash"]);
+    running.stop();
+    assert_nothing_left(&guest);
+    let running = Daemon::start_in(kept.path(), &config(&guest));
+    assert_eq!(status(&running, &request)["errors"][0]["code"], "DAEMON_STOPPED");
+
+    // A cancelled one, and then one that is whole.
+    let request = reading(&running, &[]);
+    running.json(&["work-request", "cancel", "--work-request-id", &request]);
+    wait_for("the end", Duration::from_secs(30), || {
+        (status(&running, &request)["status"] == "CANCELED").then_some(())
+    });
+    assert_nothing_left(&guest);
+    let image = capture(&running, &[]);
+    assert_prefix(&records(&object(&running, &image), false));
+
+    // QEMU ends in the middle.
+    let request = reading(&running, &[]);
+    guest.vm("kill", &[]);
+    let said = running.refusal(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(said.contains("QEMU"), "{said}");
+    let scratch = guest.disk().with_file_name("scratch");
+    assert_eq!(fs::read_dir(scratch).unwrap().count(), 0);
+}
+
+#[test]
+#[ignore = "needs root, QEMU and a minute"]
+fn qemu_guest_that_overwrites_too_much_loses_its_image_and_nothing_else() {
+    let guest = Guest::boot();
+    start_writer(&guest);
+    let mut config = config(&guest);
+    config.lines = config.lines.replace("1GiB", "2MiB");
+    let daemon = Daemon::start(&config);
+    guest.sh(
+        "setsid sh -c 'while :; do dd if=/dev/zero of=/large bs=1M count=30 conv=fsync; done' \
+         >/dev/null 2>&1 </dev/null &",
+    );
+    let request = reading(&daemon, &[]);
+    let said = daemon.refusal(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(said.contains("overwrote more than the 2.00 MiB of scratch"), "{said}");
+    assert_nothing_left(&guest);
+    assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
+    assert_it_writes(&guest);
+}
+
+#[test]
+#[ignore = "needs QEMU and a minute"]
+fn qemu_guest_without_an_agent_is_refused_and_not_downgraded() {
+    let guest = Guest::boot();
+    let mut config = config(&guest);
+    let without = guest.instance().lines().take(2).map(|line| format!("{line}\n")).collect();
+    config.instances = vec![("web-1".into(), without)];
+    let daemon = Daemon::start(&config);
+    let said = daemon.refusal(&["image", "create", "--instance-id", "web-1"]);
+    assert!(said.contains("nothing can freeze instance \"web-1\""), "{said}");
+    assert!(said.contains("ask for a crash-consistent image"), "{said}");
+}
+
+/// Between imaged and a guest's agent: passes everything on but lines with a
+/// word that it was told to lose.
+struct Proxy {
+    socket: PathBuf,
+    lose: Arc<Mutex<Option<&'static str>>>,
+    lost: Arc<AtomicBool>,
+}
+
+impl Proxy {
+    fn new(guest: &Guest, lose: &'static str) -> Self {
+        let socket = guest.disk().with_file_name("proxy.sock");
+        let listener = UnixListener::bind(&socket).unwrap();
+        let lose = Arc::new(Mutex::new(Some(lose)));
+        let lost = Arc::new(AtomicBool::new(false));
+        let (agent, losing, seen) = (guest.agent_socket(), Arc::clone(&lose), Arc::clone(&lost));
+        thread::spawn(move || {
+            // One client at a time, as QEMU does.
+            for client in listener.incoming() {
+                let (Ok(client), Ok(agent)) = (client, UnixStream::connect(&agent)) else { return };
+                let pass = |from: &UnixStream, to: &UnixStream| {
+                    let (from, mut to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    let (losing, seen) = (Arc::clone(&losing), Arc::clone(&seen));
+                    thread::spawn(move || {
+                        let mut lines = BufReader::new(&from);
+                        let mut line = Vec::new();
+                        while lines.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
+                            let word = *losing.lock().unwrap();
+                            let text = String::from_utf8_lossy(&line);
+                            match word.is_some_and(|word| text.contains(word)) {
+                                true => seen.store(true, Ordering::SeqCst),
+                                false if to.write_all(&line).is_err() => break,
+                                false => {}
+                            }
+                            line.clear();
+                        }
+                        let _ = to.shutdown(Shutdown::Both);
+                    })
+                };
+                let (up, down) = (pass(&client, &agent), pass(&agent, &client));
+                up.join().unwrap();
+                let _ = client.shutdown(Shutdown::Both);
+                down.join().unwrap();
+            }
+        });
+        Self { socket, lose, lost }
+    }
+
+    fn config(&self, guest: &Guest) -> Config {
+        let mut config = config(guest);
+        let (real, proxy) = (guest.agent_socket(), &self.socket);
+        config.instances[0].1 =
+            config.instances[0].1.replace(real.to_str().unwrap(), proxy.to_str().unwrap());
+        config
+    }
+
+    fn wait_until_lost(&self) {
+        wait_for("the proxy to lose a line", Duration::from_secs(30), || {
+            self.lost.load(Ordering::SeqCst).then_some(())
+        });
+    }
+
+    fn heal(&self) {
+        *self.lose.lock().unwrap() = None;
+    }
+}
+
+/// Writes that the guest's disk has seen, asked past the agent, which runs
+/// nothing while it thinks that the guest is frozen.
+fn writes(guest: &Guest) -> u64 {
+    let statistics: Value = serde_json::from_str(&guest.qmp("query-blockstats")).unwrap();
+    let disks = statistics.as_array().unwrap().iter();
+    disks.map(|disk| disk["stats"]["wr_operations"].as_u64().unwrap()).sum()
+}
+
+#[test]
+#[ignore = "needs root, QEMU and a minute"]
+fn qemu_guest_that_a_dead_daemon_left_frozen_thaws_by_its_fuse() {
+    let guest = Guest::boot();
+    start_writer(&guest);
+    let proxy = Proxy::new(&guest, "\"execute\":\"guest-fsfreeze-thaw\"");
+    let running = Daemon::start(&proxy.config(&guest));
+    let started = running.json(&["image", "create", "--instance-id", "web-1"]);
+    let request = started["opc-work-request-id"].as_str().unwrap().to_owned();
+    proxy.wait_until_lost();
+    let kept = running.kill().unwrap();
+
+    // Nobody is there to thaw it.
+    let before = writes(&guest);
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(writes(&guest), before, "it was not frozen");
+    wait_for("the fuse", Duration::from_secs(40), || (writes(&guest) > before).then_some(()));
+
+    proxy.heal();
+    let running = Daemon::start_in(kept.path(), &proxy.config(&guest));
+    assert_eq!(status(&running, &request)["status"], "FAILED");
+    assert_nothing_left(&guest);
+    running.stop();
+    assert_it_writes(&guest);
+    assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
+}
+
+#[test]
+#[ignore = "needs root, QEMU and a minute"]
+fn qemu_guest_whose_freeze_is_not_answered_is_thawed() {
+    let guest = Guest::boot();
+    start_writer(&guest);
+    // The answer to a freeze, or to a thaw: how many there were.
+    let proxy = Proxy::new(&guest, "{\"return\": 1}");
+    let running = Daemon::start(&proxy.config(&guest));
+    let started = running.json(&["image", "create", "--instance-id", "web-1"]);
+    let request = started["opc-work-request-id"].as_str().unwrap().to_owned();
+    proxy.wait_until_lost();
+    proxy.heal();
+    let said = running.refusal(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(said.contains("the guest agent did not freeze the guest's filesystems"), "{said}");
+    assert_nothing_left(&guest);
+    running.stop();
+    assert_it_writes(&guest);
+    assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
+}
