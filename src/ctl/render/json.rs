@@ -260,6 +260,7 @@ mod tests {
             "object-size-bytes": 1203765248,
             "operating-system": "Debian",
             "operating-system-version": "12",
+            "point-in-time": null,
             "size-in-mbs": 4096,
             "source-instance-id": "ocid1.instance.imaged..01k6dz3s20cccccccccccccccc",
             "source-volume": "/dev/vg0/web-3",

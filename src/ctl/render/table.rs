@@ -4,7 +4,7 @@
 //! cut or wrapped; what matters least is left out where a terminal is too
 //! narrow for all.
 
-use std::fmt::Display;
+use std::{fmt::Display, time::Duration};
 
 use comfy_table::{ContentArrangement, Table, presets};
 
