@@ -11,7 +11,7 @@ use std::{
 
 use super::{
     Held, ReaderSettings,
-    holder::{Holder, Host, Openers},
+    holder::{Holder, Host, Openers, Subject},
     map,
     open::{self, Named, Opened, Sharing},
     qemu_lock::{self, Locked},
@@ -45,18 +45,8 @@ pub(super) fn hold(
 ) -> Result<Held> {
     let named = Named::look_up(asked, allowed)?;
     let (path, identity) = (named.path.clone(), named.identity);
-    let unknown = || format!("cannot find out who uses {}", path.display());
-    let subject = host.subject(identity).context(Reason::VolumeUnavailable, unknown)?;
-    let holder = |openers| {
-        host.holder(&subject, openers).context(Reason::VolumeUnavailable, unknown).map_err(
-            |error| {
-                error.advice(
-                    "give imaged CAP_SYS_PTRACE and the host's /proc, and look whether AppArmor or \
-                 SELinux forbids it",
-                )
-            },
-        )
-    };
+    let subject = subject(host, &named)?;
+    let holder = |openers| user(host, &subject, openers, &path);
     let mut tries = 0;
     let Opened { file, size, sector_size } = loop {
         if let Some(opened) = named.open(Sharing::Nobody)? {
@@ -94,9 +84,22 @@ pub(super) fn hold(
 
 /// Opens a volume that its guest writes to, for reads beside it, and maps it.
 /// The point in time must have been taken before: what the map calls a hole
-/// was one then, unless the guest has overwritten it since.
-pub(super) fn beside(host: &Host, allowed: &[PathBuf], asked: &Path) -> Result<Source> {
+/// was one then, unless the guest has overwritten it since. Nobody but the
+/// guest's `qemu` may write to it: it sees what others write as old.
+pub(super) fn beside(
+    host: &Host,
+    allowed: &[PathBuf],
+    asked: &Path,
+    qemu: Option<u32>,
+) -> Result<Source> {
     let named = Named::look_up(asked, allowed)?;
+    // A QEMU in another namespace cannot be told from others.
+    if let Some(qemu) = qemu {
+        let subject = subject(host, &named)?;
+        if let Some(other) = user(host, &subject, Openers::WritersBut(qemu), &named.path)? {
+            return Err(held(&named.path, &other));
+        }
+    }
     let Some(opened) = named.open(Sharing::Guest)? else {
         return Err(held(&named.path, &Holder::Claimed));
     };
@@ -126,6 +129,25 @@ fn measured(named: Named, opened: Opened, backing: Option<&Backing>) -> Result<S
         data: data.unwrap_or_else(|| map::everything(size)),
     };
     Ok(Source { file: Arc::new(file), facts, tail })
+}
+
+fn subject(host: &Host, named: &Named) -> Result<Subject> {
+    host.subject(named.identity).context(Reason::VolumeUnavailable, || unknown(&named.path))
+}
+
+/// Who uses the volume at `path`.
+fn user(host: &Host, subject: &Subject, openers: Openers, path: &Path) -> Result<Option<Holder>> {
+    let found = host.holder(subject, openers);
+    found.context(Reason::VolumeUnavailable, || unknown(path)).map_err(|error| {
+        error.advice(
+            "give imaged CAP_SYS_PTRACE and the host's /proc, and look whether AppArmor or \
+             SELinux forbids it",
+        )
+    })
+}
+
+fn unknown(path: &Path) -> String {
+    format!("cannot find out who uses {}", path.display())
 }
 
 /// A disk image in another format, taken for a raw disk, would make an image

@@ -92,6 +92,8 @@ impl Holder {
 pub(super) enum Openers {
     /// Those that can write.
     Writers,
+    /// Those that can write, but for this process: the instance's own QEMU.
+    WritersBut(u32),
     /// All.
     Everyone,
 }
@@ -283,7 +285,7 @@ impl Host {
         let mut hidden = 0_u32;
         let mut pids: Vec<u32> =
             names(&self.proc)?.iter().filter_map(|name| name.parse().ok()).collect();
-        pids.retain(|pid| *pid != process::id());
+        pids.retain(|pid| *pid != process::id() && openers != Openers::WritersBut(*pid));
         if openers == Openers::Everyone {
             pids.push(process::id());
         }

@@ -78,7 +78,7 @@ impl Live {
                 way: Some(Way::Exports { snapshot, live, scratch }),
             });
         }
-        let mut source = hold::beside(host, allowed, &from.volume)?;
+        let mut source = hold::beside(host, allowed, &from.volume, from.process)?;
         if source.facts.size != from.size {
             return Err(resized(&source.facts, source.facts.size, from.size));
         }

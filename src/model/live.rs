@@ -54,6 +54,8 @@ pub struct PointInTime {
     pub thawed: u32,
     /// Whether a fuse in the guest would have thawed it without imaged.
     pub fuse: bool,
+    /// What of the host's disk the guest's writes took until the release.
+    pub scratch: ByteSize,
 }
 
 /// Where a snapshot is read.
@@ -63,6 +65,8 @@ pub struct LiveSource {
     pub size: ByteSize,
     /// The volume's path.
     pub volume: PathBuf,
+    /// The QEMU that has it open, where its process can be told.
+    pub process: Option<u32>,
     /// Whether the guest sees the volume's bytes as they are, so that they
     /// can be read beside the guest.
     pub raw: bool,

@@ -241,6 +241,12 @@ impl From<Image> for pb::Image {
             to.content_digest = stored.content_digest.to_string();
             to.object_digest = stored.object_digest.to_string();
             to.imaged_version = stored.imaged_version;
+            to.point_in_time = stored.point_in_time.map(|point| pb::PointInTime {
+                window_micros: point.window_micros,
+                frozen_filesystems: point.frozen,
+                fuse: point.fuse,
+                scratch_bytes: point.scratch.get(),
+            });
             to.time_line = stored
                 .time_line
                 .into_iter()

@@ -39,7 +39,7 @@ use crate::{
         live::{Mode, PointInTime, Undo},
         work_request::{Phase, Progress},
     },
-    port::{HeldVolume, LiveSnapshot, Part, Prepared, Sealed, Upload},
+    port::{HeldVolume, LiveSnapshot, Part, Prepared, Released, Sealed, Upload},
 };
 
 /// Pieces between the reader and the encoder. The reader's buffers are the
@@ -181,12 +181,14 @@ impl Capture {
                 lost = snapshot.lost() => return Err(lost),
             },
         };
-        let point_in_time = snapshot.as_ref().map(|snapshot| *snapshot.point());
+        let mut point_in_time = None;
         if let Some(snapshot) = snapshot {
             tracker.phase(Phase::Release).await?;
-            let released = snapshot.release().await?;
+            let point = *snapshot.point();
+            let Released { scratch, .. } = snapshot.release().await?;
             tracker.owe(None).await?;
-            tracker.log(format!("the guest overwrote {} meanwhile", released.scratch));
+            tracker.log(format!("what the guest overwrote meanwhile took {scratch} of scratch"));
+            point_in_time = Some(PointInTime { scratch, ..point });
         }
         check(stop)?;
 

@@ -115,6 +115,11 @@ fn qemu_guest_is_imaged_while_it_writes() {
         for _ in 0..3 {
             let image = capture(&daemon, &["--consistency", mode]);
             assert_eq!(image["consistency"], consistency);
+            let point = &image["point-in-time"];
+            assert_eq!(point["frozen-filesystems"], i32::from(mode == "freeze"));
+            assert_eq!(point["fuse"], mode == "freeze");
+            assert!(point["scratch-bytes"].as_u64().unwrap() > 0, "{point}");
+            println!("window: {} µs", point["window-micros"]);
             let records = records(&object(&daemon, &image), mode == "crash");
             assert_prefix(&records);
             assert!(records.len() > before, "the guest wrote nothing");
@@ -357,4 +362,32 @@ fn qemu_guest_whose_freeze_is_not_answered_is_thawed() {
     running.stop();
     assert_it_writes(&guest);
     assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
+}
+
+#[test]
+#[ignore = "needs root, QEMU and a minute"]
+fn qemu_guest_on_qcow2_is_imaged_through_its_exports() {
+    let guest = Guest::boot_on("qcow2");
+    start_writer(&guest);
+    let daemon = daemon(&guest);
+    for (mode, replay) in [("freeze", false), ("crash", true)] {
+        let image = capture(&daemon, &["--consistency", mode]);
+        assert_prefix(&records(&object(&daemon, &image), replay));
+    }
+    assert_nothing_left(&guest);
+    assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
+}
+
+#[test]
+#[ignore = "needs root, QEMU and a minute"]
+fn qemu_guest_whose_disk_somebody_else_writes_to_is_refused() {
+    let guest = Guest::boot();
+    let daemon = daemon(&guest);
+    let other = fs::OpenOptions::new().append(true).open(guest.disk()).unwrap();
+    let create = ["image", "create", "--instance-id", "web-1", "--wait-for-state", "AVAILABLE"];
+    let said = daemon.refusal(&create);
+    assert!(said.contains("is open for writing by it-"), "{said}");
+    assert_nothing_left(&guest);
+    drop(other);
+    capture(&daemon, &[]);
 }

@@ -238,22 +238,22 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Boots it, with more `arguments` for QEMU, until its agent answers.
-    pub fn boot_with(arguments: &[&str]) -> Self {
+    /// Boots it from a disk in `format`, until its agent answers.
+    pub fn boot_on(format: &str) -> Self {
         // Not in `scratch()`: its path is too long for a socket.
         let guest = Self { dir: tempfile::tempdir().unwrap() };
         let original = PathBuf::from(run("tests/lab/guest.sh", &[])).join("disk.raw");
-        let disk = guest.disk();
-        run("cp", &["--sparse=always", original.to_str().unwrap(), disk.to_str().unwrap()]);
-        let start = ["--disk", disk.to_str().unwrap(), "--format", "raw", "--"];
-        guest.vm("start", &[&start, arguments].concat());
+        let (original, disk) = (original.display().to_string(), guest.disk());
+        let disk = disk.to_str().unwrap();
+        run("qemu-img", &["convert", "-f", "raw", "-O", format, &original, disk]);
+        guest.vm("start", &["--disk", disk, "--format", format]);
         guest.vm("wait-agent", &[]);
         guest
     }
 
-    /// Boots it.
+    /// Boots it from a raw disk.
     pub fn boot() -> Self {
-        Self::boot_with(&[])
+        Self::boot_on("raw")
     }
 
     /// A verb of `tests/lab/vm.py`.
@@ -276,7 +276,7 @@ impl Guest {
 
     /// Its disk.
     pub fn disk(&self) -> PathBuf {
-        self.dir.path().join("disk.raw")
+        self.dir.path().join("disk")
     }
 
     /// Where its agent listens.

@@ -44,6 +44,21 @@ pub(in crate::ctl) fn image(image: &pb::Image) -> Value {
         ("object-size-bytes", size(image.object_size_bytes)),
         ("operating-system", text(&image.operating_system)),
         ("operating-system-version", text(&image.operating_system_version)),
+        (
+            "point-in-time",
+            image
+                .point_in_time
+                .as_ref()
+                .map(|point| {
+                    object([
+                        ("frozen-filesystems", point.frozen_filesystems.into()),
+                        ("fuse", point.fuse.into()),
+                        ("scratch-bytes", point.scratch_bytes.into()),
+                        ("window-micros", point.window_micros.into()),
+                    ])
+                })
+                .into(),
+        ),
         ("size-in-mbs", size(image.size_in_mbs)),
         ("source-instance-id", text(&image.source_instance_id)),
         ("source-volume", text(&image.source_volume)),
@@ -245,6 +260,7 @@ mod tests {
             "object-size-bytes": 1203765248,
             "operating-system": "Debian",
             "operating-system-version": "12",
+            "point-in-time": null,
             "size-in-mbs": 4096,
             "source-instance-id": "ocid1.instance.imaged..01k6dz3s20cccccccccccccccc",
             "source-volume": "/dev/vg0/web-3",

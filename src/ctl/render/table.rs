@@ -4,7 +4,7 @@
 //! cut or wrapped; what matters least is left out where a terminal is too
 //! narrow for all.
 
-use std::fmt::Display;
+use std::{fmt::Display, time::Duration};
 
 use comfy_table::{ContentArrangement, Table, presets};
 
@@ -129,6 +129,7 @@ pub(in crate::ctl) fn image(image: &pb::Image, now: Timestamp) -> String {
     card.line("launch-mode", words::launch_mode(image).unwrap_or(UNKNOWN));
     card.known("launch-options", image.launch_options.as_ref().map(launch_options));
     card.line("consistency", words::consistency(image).unwrap_or(UNKNOWN));
+    card.known("point-in-time", image.point_in_time.as_ref().map(point_in_time));
     card.known("source-instance-id", image.source_instance_id.clone());
     card.line("source-volume", &image.source_volume);
     card.known("base-image-id", image.base_image_id.clone());
@@ -151,6 +152,16 @@ pub(in crate::ctl) fn image(image: &pb::Image, now: Timestamp) -> String {
     );
     card.known("imaged-version", image.imaged_version.clone());
     card.text()
+}
+
+/// `frozen for 104ms, 640 KiB of scratch`.
+fn point_in_time(point: &pb::PointInTime) -> String {
+    let window = words::duration(Duration::from_micros(point.window_micros));
+    let how = match point.frozen_filesystems {
+        0 => "taken within",
+        _ => "frozen for",
+    };
+    format!("{how} {window}, {} of scratch", ByteSize(point.scratch_bytes))
 }
 
 /// What a create that does not wait tells.

@@ -97,6 +97,7 @@ impl Ready {
                     frozen: 0,
                     thawed: 0,
                     fuse: false,
+                    scratch: ByteSize::default(),
                 }
             }
             Some(freezer) => {
@@ -109,6 +110,7 @@ impl Ready {
         let source = LiveSource {
             size: disk.size,
             volume,
+            process: qmp.process(),
             raw: disk.raw,
             socket: undo.dir.join(SOCKET_FILE),
             snapshot: names.snapshot.to_string(),
@@ -189,7 +191,8 @@ fn point(freezer: &Freezer, frozen: Frozen) -> Result<PointInTime> {
         false => Consistency::Filesystem,
     };
     let window_micros = micros(window);
-    Ok(PointInTime { consistency, window_micros, frozen: filesystems, thawed, fuse })
+    let scratch = ByteSize::default();
+    Ok(PointInTime { consistency, window_micros, frozen: filesystems, thawed, fuse, scratch })
 }
 
 fn micros(time: Duration) -> u64 {

@@ -25,10 +25,12 @@ const LOOK: Duration = Duration::from_millis(5);
 ///
 /// Those of [`Qmp`] and [`Agent`]; it can be tried again.
 pub async fn undo(undo: &Undo, recorder: Arc<Recorder>) -> Result<()> {
-    // What holds the guest first.
-    if undo.frozen {
-        thaw(undo, &recorder).await?;
-    }
+    // What holds the guest first. A guest that does not answer is no reason
+    // to leave the rest.
+    let thawed = match undo.frozen {
+        true => thaw(undo, &recorder).await,
+        false => Ok(()),
+    };
     match Qmp::connect(&undo.qmp_socket, recorder, within(COMMAND)).await {
         Ok(qmp) => {
             let taken = take_out(&qmp, undo).await;
@@ -38,7 +40,8 @@ pub async fn undo(undo: &Undo, recorder: Arc<Recorder>) -> Result<()> {
         Err(error) if error.reason() == Reason::HypervisorGone => {}
         Err(error) => return Err(error),
     }
-    clean(undo).await
+    clean(undo).await?;
+    thawed
 }
 
 async fn thaw(undo: &Undo, recorder: &Arc<Recorder>) -> Result<()> {
