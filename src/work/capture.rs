@@ -81,20 +81,11 @@ impl Capture {
         let found =
             work.preflight(self.instance.as_ref(), &origin.source_volume, self.mode).await?;
         check(stop)?;
-        let (volume, snapshot) = match found {
-            Found::AtRest(volume) => (volume, None),
-            Found::Running(prepared) => {
-                let (volume, snapshot) = self.snapshot(work, prepared, tracker).await?;
-                (volume, Some(snapshot))
-            }
-        };
-        self.tell_oddities(work, &*volume, tracker);
-        check(stop)?;
 
         let store = work.0.catalogue.store(&self.image.origin.store)?;
         let upload = watchdog.guard(|| self.store(), store.begin(&self.image.id)).await?;
         let line = Line { upload: &*upload, watchdog, stop, place };
-        if let Err(error) = self.transfer(work, volume, snapshot, line, tracker).await {
+        if let Err(error) = self.transfer(work, found, line, tracker).await {
             let left = match timeout(watchdog.undoing(), upload.abort()).await {
                 Ok(aborted) => aborted,
                 Err(late) => {
@@ -150,14 +141,24 @@ impl Capture {
         Ok((volume, snapshot))
     }
 
+    /// From the point in time to the seal. The store has answered by now: a
+    /// guest's disk does not wait for it.
     async fn transfer(
-        &self,
+        &mut self,
         work: &Work,
-        volume: Box<dyn HeldVolume>,
-        snapshot: Option<Box<dyn LiveSnapshot>>,
+        found: Found,
         line: Line<'_>,
         tracker: &mut Tracker,
     ) -> Result<()> {
+        let (volume, snapshot) = match found {
+            Found::AtRest(volume) => (volume, None),
+            Found::Running(prepared) => {
+                let (volume, snapshot) = self.snapshot(work, prepared, tracker).await?;
+                (volume, Some(snapshot))
+            }
+        };
+        self.tell_oddities(work, &*volume, tracker);
+        check(line.stop)?;
         tracker.phase(Phase::Read).await?;
         let (upload, watchdog, stop) = (line.upload, line.watchdog, line.stop);
         let source = format!("the volume {}", self.image.origin.source_volume.display());

@@ -216,7 +216,7 @@ fn qemu_guest_that_overwrites_too_much_loses_its_image_and_nothing_else() {
     let guest = Guest::boot();
     start_writer(&guest);
     let mut config = config(&guest);
-    config.lines = config.lines.replace("1GiB", "2MiB");
+    config.lines = config.lines.replace("1GiB", "4MiB");
     let daemon = Daemon::start(&config);
     guest.sh(
         "setsid sh -c 'while :; do dd if=/dev/zero of=/large bs=1M count=30 conv=fsync; done' \
@@ -224,7 +224,7 @@ fn qemu_guest_that_overwrites_too_much_loses_its_image_and_nothing_else() {
     );
     let request = reading(&daemon, &[]);
     let said = daemon.refusal(&["work-request", "watch", "--work-request-id", &request]);
-    assert!(said.contains("overwrote more than the 2.00 MiB of scratch"), "{said}");
+    assert!(said.contains("fills the 4.00 MiB of scratch"), "{said}");
     assert_nothing_left(&guest);
     assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
     assert_it_writes(&guest);

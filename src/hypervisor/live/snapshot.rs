@@ -43,9 +43,13 @@ use crate::{
 /// nanoseconds: 4.29 s at most are what they say.
 const COPY_SECONDS: u32 = 4;
 
-/// How often the scratch is measured. At 10 GiB/s, more than any guest
-/// overwrites, it grows by 2 GiB meanwhile.
+/// How often the scratch is measured. QEMU alone keeps the bound; this tells
+/// of a full one before the next read does.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// With so little left, QEMU may have found no room: it needs a cluster and
+/// its tables at once.
+const LEFT: u64 = ByteSize::MIB;
 
 /// A snapshot that can be taken: everything was looked at.
 #[derive(Debug)]
@@ -125,7 +129,9 @@ impl Ready {
     /// show them. The guest notices nothing.
     async fn add_scratch(&self) -> Result<()> {
         let (dir, size, owner) = (self.undo.dir.clone(), self.disk.size.get(), self.owner);
-        let made = tokio::task::spawn_blocking(move || make_scratch(&dir, size, owner));
+        // Whole sectors, as QEMU counts.
+        let limit = self.order.scratch.get() / 512 * 512;
+        let made = tokio::task::spawn_blocking(move || make_scratch(&dir, size, limit, owner));
         made.await.map_err(io::Error::other).flatten().context(Reason::Internal, || {
             format!("no scratch file can be made in {}", self.undo.dir.display())
         })?;
@@ -134,9 +140,10 @@ impl Ready {
             FilePath::new(&self.undo.dir.join(SCRATCH_FILE)).context(Reason::Internal, odd)?;
         let socket =
             SocketPath::new(&self.undo.dir.join(SOCKET_FILE)).context(Reason::Internal, odd)?;
-        let Names { scratch, overlay, .. } = self.names.clone();
+        let Names { scratch, bound, overlay, .. } = self.names.clone();
         self.execute(Command::add_scratch(scratch.clone(), file)).await?;
-        self.execute(Command::add_overlay(overlay, scratch, None)).await?;
+        self.execute(Command::add_bound(bound.clone(), scratch, limit)).await?;
+        self.execute(Command::add_overlay(overlay, bound, None)).await?;
         self.execute(Command::start_nbd_server(socket)).await
     }
 
@@ -199,12 +206,14 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// An empty image that only QEMU's user may open.
-fn make_scratch(dir: &Path, size: u64, owner: Option<(Uid, Gid)>) -> io::Result<()> {
+/// An empty image that only QEMU's user may open, in a sparse file that is as
+/// long as it may ever be.
+fn make_scratch(dir: &Path, size: u64, limit: u64, owner: Option<(Uid, Gid)>) -> io::Result<()> {
     fs::DirBuilder::new().mode(0o700).create(dir)?;
     let path = dir.join(SCRATCH_FILE);
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
     io::Write::write_all(&mut file, &qcow2::empty(size))?;
+    file.set_len(limit)?;
     if let Some((user, group)) = owner {
         for path in [path.as_path(), dir] {
             nix::unistd::chown(path, Some(user), Some(group))?;
@@ -257,14 +266,14 @@ impl LiveSnapshot for Taken {
 }
 
 impl Taken {
-    /// Returns when more of the disk is used than was allowed.
+    /// Returns when all that is allowed of the disk is used.
     async fn overflow(&self) -> Error {
         loop {
             sleep(LOOK).await;
             let Ok(used) = used(&self.undo.dir).await else { continue };
-            if used > self.limit {
+            if used.get() + LEFT > self.limit.get() {
                 let context = format!(
-                    "the guest overwrote more than the {} of scratch that one image may take",
+                    "what the guest overwrote fills the {} of scratch that one image may take",
                     self.limit
                 );
                 return Error::new(Reason::SnapshotBroken, context)
