@@ -13,6 +13,7 @@
 //! the work request, when the capture has not done it.
 
 use std::{
+    convert::Infallible,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -24,22 +25,25 @@ use std::{
 
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc, oneshot},
+    sync::{OwnedSemaphorePermit, mpsc, oneshot, watch},
     time::{MissedTickBehavior, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Found, Work, driver::check, tracker::Tracker, watchdog::Watchdog};
+use super::{
+    Found, Work, driver::check, governor::Governor, tracker::Tracker, watchdog::Watchdog,
+};
 use crate::{
     encode::{self, Encoded, Meter},
     error::{Error, Reason, Result},
     model::{
+        ByteSize,
         image::{Format, Image, Manifest, ManifestSchema, Stored},
         instance::Instance,
         live::{Mode, PointInTime, Undo},
-        work_request::{Phase, Progress},
+        work_request::{Phase, Progress, WorkRequest},
     },
-    port::{HeldVolume, LiveSnapshot, Part, Prepared, Released, Sealed, Upload},
+    port::{HeldVolume, LiveSnapshot, Pace, Part, Prepared, Released, Sealed, Upload},
 };
 
 /// Pieces between the reader and the encoder. The reader's buffers are the
@@ -48,6 +52,8 @@ const PIECES: usize = 4;
 /// Parts that are stored at once: one on its way while the next is handed
 /// over.
 const PUTS: usize = 2;
+/// How often a guest's latency is looked at.
+const LOOK: Duration = Duration::from_secs(1);
 /// How often progress is shown.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -128,7 +134,7 @@ impl Capture {
         work: &Work,
         prepared: Box<dyn Prepared>,
         tracker: &mut Tracker,
-    ) -> Result<(Box<dyn HeldVolume>, Box<dyn LiveSnapshot>)> {
+    ) -> Result<(Box<dyn HeldVolume>, Live)> {
         let undo = prepared.undo().clone();
         tracker.owe(Some(undo.clone())).await?;
         tracker.phase(Phase::Snapshot).await?;
@@ -137,8 +143,9 @@ impl Capture {
         let point = *snapshot.point();
         self.image.origin.consistency = point.consistency;
         tracker.log(told(&point));
-        let volume = work.0.ports.volumes.live(snapshot.source()).await?;
-        Ok((volume, snapshot))
+        let pace = Pace::default();
+        let volume = work.0.ports.volumes.live(snapshot.source(), pace.clone()).await?;
+        Ok((volume, Live { snapshot, pace }))
     }
 
     /// From the point in time to the seal. The store has answered by now: a
@@ -150,11 +157,11 @@ impl Capture {
         line: Line<'_>,
         tracker: &mut Tracker,
     ) -> Result<()> {
-        let (volume, snapshot) = match found {
+        let (volume, live) = match found {
             Found::AtRest(volume) => (volume, None),
             Found::Running(prepared) => {
-                let (volume, snapshot) = self.snapshot(work, prepared, tracker).await?;
-                (volume, Some(snapshot))
+                let (volume, live) = self.snapshot(work, prepared, tracker).await?;
+                (volume, Some(live))
             }
         };
         self.tell_oddities(work, &*volume, tracker);
@@ -173,17 +180,19 @@ impl Capture {
             0 => source.clone(),
             _ => self.store(),
         };
+        let request = tracker.watch();
         let pumped = pump(volume, settings, line, &putting, tracker);
-        let encoded = match &snapshot {
+        let encoded = match &live {
             None => watchdog.guard(who, pumped).await?,
-            Some(snapshot) => tokio::select! {
+            Some(live) => tokio::select! {
                 biased;
                 encoded = watchdog.guard(who, pumped) => encoded?,
-                lost = snapshot.lost() => return Err(lost),
+                lost = live.snapshot.lost() => return Err(lost),
+                never = live.spare_the_guest(&request) => match never {},
             },
         };
         let mut point_in_time = None;
-        if let Some(snapshot) = snapshot {
+        if let Some(Live { snapshot, .. }) = live {
             tracker.phase(Phase::Release).await?;
             let point = *snapshot.point();
             let Released { scratch, .. } = snapshot.release().await?;
@@ -229,6 +238,38 @@ fn told(point: &PointInTime) -> String {
              consistent",
             if *fuse { "with a" } else { "without a" }
         ),
+    }
+}
+
+/// A running instance while it is read.
+struct Live {
+    snapshot: Box<dyn LiveSnapshot>,
+    pace: Pace,
+}
+
+impl Live {
+    /// Reads slower when the guest's disk gets slow, for ever.
+    async fn spare_the_guest(&self, request: &watch::Receiver<WorkRequest>) -> Infallible {
+        let mut governor = None;
+        let mut ticks = tokio::time::interval(LOOK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            // Who does not answer now is told of by who waits for its end.
+            let Ok(work) = self.snapshot.disk_work().await else { continue };
+            let before = self.pace.get();
+            let governor = governor.get_or_insert_with(|| Governor::new(work));
+            let limit = governor.decide(work, request.borrow().progress.per_second);
+            self.pace.set(limit);
+            let id = request.borrow().id.clone();
+            match (before, limit) {
+                (None, Some(limit)) => tracing::info!(
+                    work_request = %id, "the guest's disk is slow: {}/s are read", ByteSize(limit)
+                ),
+                (Some(_), None) => tracing::info!(work_request = %id, "read at full speed again"),
+                _ => {}
+            }
+        }
     }
 }
 

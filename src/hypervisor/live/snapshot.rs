@@ -26,7 +26,7 @@ use crate::{
     hypervisor::{
         Recorder,
         qmp::{
-            AllocationMap, Command, Done, Events, FilePath, NodeRef, Observed, Qmp, SocketPath,
+            AllocationMap, Command, DeviceStatistics, Done, Events, FilePath, NodeRef, Observed, Qmp, SocketPath,
             Switch,
         },
     },
@@ -36,7 +36,7 @@ use crate::{
         live::{LiveSource, PointInTime, Undo},
         trace::Trace,
     },
-    port::{BoxFuture, LiveSnapshot, Prepared, Released, SnapshotOrder},
+    port::{BoxFuture, DiskWork, LiveSnapshot, Prepared, Released, SnapshotOrder},
 };
 
 /// Longest copy before a guest's write. QEMU 7.2 keeps it in 32 bits of
@@ -241,6 +241,21 @@ impl LiveSnapshot for Taken {
 
     fn source(&self) -> &LiveSource {
         &self.source
+    }
+
+    fn disk_work(&self) -> BoxFuture<'_, Result<DiskWork>> {
+        Box::pin(async move {
+            let disks = self.qmp.execute(Command::query_statistics(), within(COMMAND)).await?;
+            let is_it = |disk: &&DeviceStatistics| {
+                disk.qdev.as_ref().is_some_and(|qdev| qdev.as_str() == self.undo.device)
+            };
+            let stats = disks.iter().find(is_it).map(|disk| disk.stats).unwrap_or_default();
+            let nanos = stats.rd_total_time_ns + stats.wr_total_time_ns + stats.flush_total_time_ns;
+            Ok(DiskWork {
+                operations: stats.rd_operations + stats.wr_operations + stats.flush_operations,
+                time: Duration::from_nanos(nanos),
+            })
+        })
     }
 
     fn lost(&self) -> BoxFuture<'_, Error> {
