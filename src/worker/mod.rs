@@ -119,6 +119,7 @@ impl Inspector for Workers {
         let (process, _control, lines) = Process::start(&self.program, &job, lanes, &watch)?;
         let verification = Verification {
             parts: Parts::new(object, stored),
+            hashing: stop.child_token(),
             lines: Mutex::new(lines),
             server: Server {
                 object,
@@ -140,6 +141,9 @@ impl Inspector for Workers {
 /// then the extents, each thread with a lane of the worker.
 struct Verification<'a> {
     parts: Parts<'a>,
+    /// Ends the hashing of parts. An extent that differs does not: the part
+    /// that another thread has in hand tells more.
+    hashing: CancellationToken,
     lines: Mutex<Vec<Line<'a>>>,
     server: Server<'a>,
 }
@@ -148,10 +152,13 @@ type Outcome = Result<Option<Fault>, Cut>;
 
 impl Verification<'_> {
     fn work(&self) -> Outcome {
-        let outcome = self.parts().and_then(|fault| match fault {
-            Some(fault) => Ok(Some(fault)),
-            None => self.extents(),
-        });
+        let outcome = match self.parts() {
+            Ok(None) => self.extents(),
+            ended => {
+                self.hashing.cancel();
+                ended
+            }
+        };
         if !matches!(outcome, Ok(None)) {
             // The others need not go on.
             self.server.watch.stop.cancel();
@@ -160,7 +167,7 @@ impl Verification<'_> {
     }
 
     fn parts(&self) -> Outcome {
-        self.parts.hash(self.server.meter, &self.server.watch.stop).map_err(Cut::Store)
+        self.parts.hash(self.server.meter, &self.hashing).map_err(Cut::Store)
     }
 
     fn extents(&self) -> Outcome {

@@ -4,7 +4,10 @@ use std::{
     fs,
     io::{BufRead, BufReader, Write},
     net::Shutdown,
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::{
+        fs::MetadataExt,
+        net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -218,11 +221,22 @@ fn qemu_guest_that_overwrites_too_much_loses_its_image_and_nothing_else() {
     let mut config = config(&guest);
     config.lines = config.lines.replace("1GiB", "4MiB");
     let daemon = Daemon::start(&config);
+    // Not zeroes, which take no scratch.
+    guest.sh("yes old | head -c 30000000 >/large; sync");
     guest.sh(
-        "setsid sh -c 'while :; do dd if=/dev/zero of=/large bs=1M count=30 conv=fsync; done' \
+        "setsid sh -c 'while :; do yes new | head -c 30000000 | dd of=/large conv=notrunc,fsync; done' \
          >/dev/null 2>&1 </dev/null &",
     );
     let request = reading(&daemon, &[]);
+    // An emulated guest is slow: the daemon waits until it has written enough.
+    daemon.signal("STOP");
+    let scratch = guest.disk().with_file_name("scratch");
+    wait_for("the guest to overwrite", Duration::from_secs(60), || {
+        let mut found = fs::read_dir(&scratch).unwrap();
+        let file = found.next()?.unwrap().path().join("scratch.qcow2");
+        (fs::metadata(file).unwrap().blocks() * 512 > 3 << 20).then_some(())
+    });
+    daemon.signal("CONT");
     let said = daemon.refusal(&["work-request", "watch", "--work-request-id", &request]);
     assert!(said.contains("fills the 4.00 MiB of scratch"), "{said}");
     assert_nothing_left(&guest);
