@@ -64,7 +64,8 @@ mod tests {
             let pace = Pace::default();
             pace.set(Some(per_second));
             let mut budget = Budget::new(pace);
-            let extents = read(&mut budget, budget.since, 10);
+            let from = budget.since;
+            let extents = read(&mut budget, from, 10);
             let most = per_second * 10 / MIB;
             assert!(extents <= most && extents + 1 >= most, "{per_second}: {extents} of {most}");
         }

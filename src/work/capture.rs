@@ -30,9 +30,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{
-    Found, Work, driver::check, governor::Governor, tracker::Tracker, watchdog::Watchdog,
-};
+use super::{Found, Work, driver::check, governor::Governor, tracker::Tracker, watchdog::Watchdog};
 use crate::{
     encode::{self, Encoded, Meter},
     error::{Error, Reason, Result},

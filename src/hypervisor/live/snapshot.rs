@@ -26,8 +26,8 @@ use crate::{
     hypervisor::{
         Recorder,
         qmp::{
-            AllocationMap, Command, DeviceStatistics, Done, Events, FilePath, NodeRef, Observed, Qmp, SocketPath,
-            Switch,
+            AllocationMap, Command, DeviceStatistics, Done, Events, FilePath, NodeRef, Observed,
+            Qmp, SocketPath, Switch,
         },
     },
     model::{
