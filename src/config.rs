@@ -36,6 +36,9 @@ pub const DEFAULT_PATH: &str = "/etc/imaged/imaged.toml";
 /// Group of the socket where the configuration names none.
 pub const DEFAULT_GROUP: &str = "imaged";
 
+/// Least scratch: tables and some clusters of 64 KiB.
+const MIN_SCRATCH: ByteSize = ByteSize(4 << 20);
+
 /// Everything that an operator may set. Every key may be left out.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -205,6 +208,10 @@ pub fn parse(text: &str, origin: &Path) -> Result<Config> {
         if let Err(cause) = name.parse::<CompartmentId>() {
             return Err(source.refuse(&["stores", name], format!("not a name: {cause}")));
         }
+    }
+    if config.scratch_size < MIN_SCRATCH {
+        let message = format!("less than {MIN_SCRATCH}, which any guest fills at once");
+        return Err(source.refuse(&["scratch_size"], message));
     }
     if config.max_volume_size > MAX_VOLUME_SIZE {
         let message = format!("more than {MAX_VOLUME_SIZE}, the largest volume that can be imaged");

@@ -15,6 +15,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
         mpsc::SyncSender,
     },
+    time::Duration,
 };
 
 pub use futures_util::future::BoxFuture;
@@ -70,6 +71,40 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     fn undo<'a>(&'a self, undo: &'a Undo) -> BoxFuture<'a, Result<()>>;
 }
 
+/// How fast a volume may be read: set by who watches its guest, obeyed by who
+/// reads. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Pace(Arc<AtomicU64>);
+
+impl Default for Pace {
+    /// As fast as possible.
+    fn default() -> Self {
+        Self(Arc::new(AtomicU64::new(u64::MAX)))
+    }
+}
+
+impl Pace {
+    /// Bytes a second from now on; `None`: as many as possible.
+    pub fn set(&self, bytes: Option<u64>) {
+        self.0.store(bytes.unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// Bytes a second; `None`: as many as possible.
+    #[must_use]
+    pub fn get(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|bytes| *bytes != u64::MAX)
+    }
+}
+
+/// What a guest's disk has done since its QEMU began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct DiskWork {
+    /// Reads, writes and flushes.
+    pub operations: u64,
+    /// Time in them, together.
+    pub time: Duration,
+}
+
 /// How a snapshot is to be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SnapshotOrder {
@@ -104,6 +139,13 @@ pub trait LiveSnapshot: Send + Sync + fmt::Debug {
     fn point(&self) -> &PointInTime;
     /// Where it is read.
     fn source(&self) -> &LiveSource;
+    /// What the guest's disk has done so far, to tell its latency. Bounded to
+    /// some seconds.
+    ///
+    /// # Errors
+    ///
+    /// All that begin with `HYPERVISOR_`.
+    fn disk_work(&self) -> BoxFuture<'_, Result<DiskWork>>;
     /// Waits until it can no longer be right: its scratch is full, or QEMU
     /// has ended.
     fn lost(&self) -> BoxFuture<'_, Error>;
@@ -141,7 +183,11 @@ pub trait Volumes: Send + Sync + fmt::Debug {
     /// # Errors
     ///
     /// As [`hold`](Self::hold), but for `VOLUME_HELD`; `SNAPSHOT_BROKEN`.
-    fn live<'a>(&'a self, source: &'a LiveSource) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>>;
+    fn live<'a>(
+        &'a self,
+        source: &'a LiveSource,
+        pace: Pace,
+    ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>>;
 }
 
 /// A volume that nothing else writes to.

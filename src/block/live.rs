@@ -26,7 +26,7 @@ use super::{
 use crate::{
     error::{Error, Reason, Result},
     model::{ByteSize, live::LiveSource},
-    port::{HeldVolume, Piece, VolumeFacts},
+    port::{HeldVolume, Pace, Piece, VolumeFacts},
     sys::slab::Buffer,
 };
 
@@ -39,6 +39,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub(super) struct Live {
     facts: VolumeFacts,
     settings: ReaderSettings,
+    pace: Pace,
     /// `None` once it was read.
     way: Option<Way>,
 }
@@ -56,6 +57,7 @@ impl Live {
         allowed: &[PathBuf],
         settings: ReaderSettings,
         from: &LiveSource,
+        pace: Pace,
     ) -> Result<Self> {
         let connect = |export: &str, role, asks| {
             let endpoint = Endpoint { socket: from.socket.clone(), export: export.into(), role };
@@ -72,11 +74,8 @@ impl Live {
                 sector_size: 512,
                 data: map::everything(from.size.get()),
             };
-            return Ok(Self {
-                facts,
-                settings,
-                way: Some(Way::Exports { snapshot, live, scratch }),
-            });
+            let way = Some(Way::Exports { snapshot, live, scratch });
+            return Ok(Self { facts, settings, pace, way });
         }
         let mut source = hold::beside(host, allowed, &from.volume, from.process)?;
         if source.facts.size != from.size {
@@ -88,7 +87,8 @@ impl Live {
         source.facts.data = map::united(&source.facts.data, &saved);
         let facts = source.facts.clone();
         let snapshot = SnapshotExport::new(snapshot);
-        Ok(Self { facts, settings, way: Some(Way::Beside { source, scratch, snapshot }) })
+        let way = Some(Way::Beside { source, scratch, snapshot });
+        Ok(Self { facts, settings, pace, way })
     }
 }
 
@@ -105,7 +105,8 @@ impl HeldVolume for Live {
         match self.way.take() {
             Some(Way::Beside { source, scratch, snapshot }) => {
                 let mut past = Reconciler::new(scratch, snapshot);
-                reader::read(&source, self.settings, Some(&mut past), pieces, stop)?;
+                let guest: (&mut dyn Past, &Pace) = (&mut past, &self.pace);
+                reader::read(&source, self.settings, Some(guest), pieces, stop)?;
                 let size = source.size_now()?;
                 if size != source.facts.size {
                     return Err(resized(&source.facts, size, source.facts.size));
@@ -117,7 +118,7 @@ impl HeldVolume for Live {
             Some(Way::Exports { mut snapshot, mut live, mut scratch }) => {
                 let guide = Guide::Live { live: &mut live, scratch: &mut scratch };
                 let (size, depth) = (self.facts.size, self.settings.depth);
-                read_all(&mut snapshot, guide, size, depth, pieces, stop)
+                read_all(&mut snapshot, guide, size, depth, &self.pace, pieces, stop)
             }
             None => Err(Error::new(
                 Reason::Internal,

@@ -18,6 +18,7 @@ mod live;
 mod map;
 pub mod nbd;
 mod open;
+mod pace;
 mod procfs;
 mod qemu_lock;
 mod queue;
@@ -45,7 +46,7 @@ pub use self::{queue::Engine, reader::ReaderSettings};
 use crate::{
     error::{Error, Reason, Result},
     model::live::LiveSource,
-    port::{BoxFuture, HeldVolume, Piece, VolumeFacts, Volumes},
+    port::{BoxFuture, HeldVolume, Pace, Piece, VolumeFacts, Volumes},
     sys::ring::{Mode, ReadRing},
 };
 
@@ -139,10 +140,14 @@ impl Volumes for HostVolumes {
         )
     }
 
-    fn live<'a>(&'a self, source: &'a LiveSource) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
+    fn live<'a>(
+        &'a self,
+        source: &'a LiveSource,
+        pace: Pace,
+    ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let from = source.clone();
         Box::pin(self.open(&source.volume, move |host, allowed, settings| {
-            Live::open(host, allowed, settings, &from)
+            Live::open(host, allowed, settings, &from, pace)
         }))
     }
 }

@@ -31,12 +31,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     map::{Plan, Step, extents_to_read},
+    pace::Budget,
     queue::{Engine, Queue},
 };
 use crate::{
     error::{Context, Error, Reason, Result},
     model::{ByteSize, image::EXTENT_SIZE},
-    port::{Extent, Piece, VolumeFacts},
+    port::{Extent, Pace, Piece, VolumeFacts},
     sys::{
         aligned::AlignedBuf,
         ioctl,
@@ -102,11 +103,12 @@ pub(super) trait Past {
 
 /// Reads `source` into `pieces`, as
 /// [`HeldVolume::read`](crate::port::HeldVolume::read) promises. Of a volume
-/// that its guest writes to, `past` corrects every extent after it was read.
+/// that its `guest` writes to, every extent is corrected after it was read, and
+/// nothing is read faster than it bears.
 pub(super) fn read<'a>(
     source: &'a Source,
     settings: ReaderSettings,
-    past: Option<&'a mut dyn Past>,
+    guest: Option<(&'a mut dyn Past, &'a Pace)>,
     pieces: &'a SyncSender<Piece>,
     stop: &'a CancellationToken,
 ) -> Result<()> {
@@ -119,8 +121,10 @@ pub(super) fn read<'a>(
     let queue = Queue::new(settings.engine, &source.file, &slab)
         .context(Reason::ReadFailed, || format!("cannot begin to read {}", facts.path.display()))?;
     let (home, returned) = mpsc::channel();
+    let (past, pace) = guest.unzip();
     let reading = Reading {
         source,
+        budget: Budget::new(pace.cloned().unwrap_or_default()),
         plan: Plan::new(size, &facts.data).peekable(),
         queue,
         past,
@@ -140,6 +144,7 @@ struct Reading<'a> {
     source: &'a Source,
     plan: Peekable<Plan<'a>>,
     queue: Queue,
+    budget: Budget,
     past: Option<&'a mut dyn Past>,
     free: Vec<Buffer>,
     home: Sender<Buffer>,
@@ -194,6 +199,9 @@ impl Reading<'_> {
                     self.deliver()?;
                 }
                 Some(Step::Read { index }) => {
+                    if self.free.is_empty() || !self.budget.take(EXTENT_SIZE) {
+                        break;
+                    }
                     let Some(buffer) = self.free.pop() else { break };
                     let extent = index * EXTENT_SIZE;
                     match self.source.readable(extent) {

@@ -13,6 +13,7 @@
 //! the work request, when the capture has not done it.
 
 use std::{
+    convert::Infallible,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -24,22 +25,23 @@ use std::{
 
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc, oneshot},
+    sync::{OwnedSemaphorePermit, mpsc, oneshot, watch},
     time::{MissedTickBehavior, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Found, Work, driver::check, tracker::Tracker, watchdog::Watchdog};
+use super::{Found, Work, driver::check, governor::Governor, tracker::Tracker, watchdog::Watchdog};
 use crate::{
     encode::{self, Encoded, Meter},
     error::{Error, Reason, Result},
     model::{
+        ByteSize,
         image::{Format, Image, Manifest, ManifestSchema, Stored},
         instance::Instance,
         live::{Mode, PointInTime, Undo},
-        work_request::{Phase, Progress},
+        work_request::{Phase, Progress, WorkRequest},
     },
-    port::{HeldVolume, LiveSnapshot, Part, Prepared, Released, Sealed, Upload},
+    port::{HeldVolume, LiveSnapshot, Pace, Part, Prepared, Released, Sealed, Upload},
 };
 
 /// Pieces between the reader and the encoder. The reader's buffers are the
@@ -48,6 +50,8 @@ const PIECES: usize = 4;
 /// Parts that are stored at once: one on its way while the next is handed
 /// over.
 const PUTS: usize = 2;
+/// How often a guest's latency is looked at.
+const LOOK: Duration = Duration::from_secs(1);
 /// How often progress is shown.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -81,20 +85,11 @@ impl Capture {
         let found =
             work.preflight(self.instance.as_ref(), &origin.source_volume, self.mode).await?;
         check(stop)?;
-        let (volume, snapshot) = match found {
-            Found::AtRest(volume) => (volume, None),
-            Found::Running(prepared) => {
-                let (volume, snapshot) = self.snapshot(work, prepared, tracker).await?;
-                (volume, Some(snapshot))
-            }
-        };
-        self.tell_oddities(work, &*volume, tracker);
-        check(stop)?;
 
         let store = work.0.catalogue.store(&self.image.origin.store)?;
         let upload = watchdog.guard(|| self.store(), store.begin(&self.image.id)).await?;
         let line = Line { upload: &*upload, watchdog, stop, place };
-        if let Err(error) = self.transfer(work, volume, snapshot, line, tracker).await {
+        if let Err(error) = self.transfer(work, found, line, tracker).await {
             let left = match timeout(watchdog.undoing(), upload.abort()).await {
                 Ok(aborted) => aborted,
                 Err(late) => {
@@ -137,7 +132,7 @@ impl Capture {
         work: &Work,
         prepared: Box<dyn Prepared>,
         tracker: &mut Tracker,
-    ) -> Result<(Box<dyn HeldVolume>, Box<dyn LiveSnapshot>)> {
+    ) -> Result<(Box<dyn HeldVolume>, Live)> {
         let undo = prepared.undo().clone();
         tracker.owe(Some(undo.clone())).await?;
         tracker.phase(Phase::Snapshot).await?;
@@ -146,18 +141,29 @@ impl Capture {
         let point = *snapshot.point();
         self.image.origin.consistency = point.consistency;
         tracker.log(told(&point));
-        let volume = work.0.ports.volumes.live(snapshot.source()).await?;
-        Ok((volume, snapshot))
+        let pace = Pace::default();
+        let volume = work.0.ports.volumes.live(snapshot.source(), pace.clone()).await?;
+        Ok((volume, Live { snapshot, pace }))
     }
 
+    /// From the point in time to the seal. The store has answered by now: a
+    /// guest's disk does not wait for it.
     async fn transfer(
-        &self,
+        &mut self,
         work: &Work,
-        volume: Box<dyn HeldVolume>,
-        snapshot: Option<Box<dyn LiveSnapshot>>,
+        found: Found,
         line: Line<'_>,
         tracker: &mut Tracker,
     ) -> Result<()> {
+        let (volume, live) = match found {
+            Found::AtRest(volume) => (volume, None),
+            Found::Running(prepared) => {
+                let (volume, live) = self.snapshot(work, prepared, tracker).await?;
+                (volume, Some(live))
+            }
+        };
+        self.tell_oddities(work, &*volume, tracker);
+        check(line.stop)?;
         tracker.phase(Phase::Read).await?;
         let (upload, watchdog, stop) = (line.upload, line.watchdog, line.stop);
         let source = format!("the volume {}", self.image.origin.source_volume.display());
@@ -172,17 +178,19 @@ impl Capture {
             0 => source.clone(),
             _ => self.store(),
         };
+        let request = tracker.watch();
         let pumped = pump(volume, settings, line, &putting, tracker);
-        let encoded = match &snapshot {
+        let encoded = match &live {
             None => watchdog.guard(who, pumped).await?,
-            Some(snapshot) => tokio::select! {
+            Some(live) => tokio::select! {
                 biased;
                 encoded = watchdog.guard(who, pumped) => encoded?,
-                lost = snapshot.lost() => return Err(lost),
+                lost = live.snapshot.lost() => return Err(lost),
+                never = live.spare_the_guest(&request) => match never {},
             },
         };
         let mut point_in_time = None;
-        if let Some(snapshot) = snapshot {
+        if let Some(Live { snapshot, .. }) = live {
             tracker.phase(Phase::Release).await?;
             let point = *snapshot.point();
             let Released { scratch, .. } = snapshot.release().await?;
@@ -228,6 +236,38 @@ fn told(point: &PointInTime) -> String {
              consistent",
             if *fuse { "with a" } else { "without a" }
         ),
+    }
+}
+
+/// A running instance while it is read.
+struct Live {
+    snapshot: Box<dyn LiveSnapshot>,
+    pace: Pace,
+}
+
+impl Live {
+    /// Reads slower when the guest's disk gets slow, for ever.
+    async fn spare_the_guest(&self, request: &watch::Receiver<WorkRequest>) -> Infallible {
+        let mut governor = None;
+        let mut ticks = tokio::time::interval(LOOK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            // Who does not answer now is told of by who waits for its end.
+            let Ok(work) = self.snapshot.disk_work().await else { continue };
+            let before = self.pace.get();
+            let governor = governor.get_or_insert_with(|| Governor::new(work));
+            let limit = governor.decide(work, request.borrow().progress.per_second);
+            self.pace.set(limit);
+            let id = request.borrow().id.clone();
+            match (before, limit) {
+                (None, Some(limit)) => tracing::info!(
+                    work_request = %id, "the guest's disk is slow: {}/s are read", ByteSize(limit)
+                ),
+                (Some(_), None) => tracing::info!(work_request = %id, "read at full speed again"),
+                _ => {}
+            }
+        }
     }
 }
 

@@ -13,6 +13,7 @@
 pub mod admission;
 mod capture;
 mod driver;
+mod governor;
 mod recover;
 mod registry;
 mod tracker;

@@ -144,6 +144,11 @@ impl Tracker {
         self.keep().await
     }
 
+    /// The work request as it will be.
+    pub(super) fn watch(&self) -> watch::Receiver<WorkRequest> {
+        self.state.subscribe()
+    }
+
     /// What is still to be done to the instance.
     pub(super) fn owed(&self) -> Option<Undo> {
         self.state.borrow().undo.clone()

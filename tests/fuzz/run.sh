@@ -29,6 +29,20 @@ cat >"$corpus/seed" <<'SEED'
 SEED
 printf '{"return": 3}\n\xff{"return": 7}\n' >"$corpus/seed-agent"
 
+corpus=target/fuzz/corpus/nbd
+mkdir -p "$corpus"
+# A greeting, structured replies, a map with the id 1, and an export of 1 MiB.
+option='\x00\x03\xe8\x89\x04\x55\x65\xa9\x00\x00\x00'
+ack='\x00\x00\x00\x01\x00\x00\x00\x00'
+# shellcheck disable=SC2059 # the escapes are in the variables
+{
+    printf 'NBDMAGICIHAVEOPT\x00\x03'
+    printf "$option\x08$ack"
+    printf "$option\x0a\x00\x00\x00\x04\x00\x00\x00\x13\x00\x00\x00\x01base:allocation$option\x0a$ack"
+    printf "$option\x07\x00\x00\x00\x03\x00\x00\x00\x0c\x00\x00\x00\x00\x00\x00\x00\x10\x00\x00\x00\x03"
+    printf "$option\x07$ack"
+} >"$corpus/seed"
+
 for target in $(cargo fuzz list --fuzz-dir tests/fuzz); do
     echo "fuzz: $target for $seconds s"
     mkdir -p "target/fuzz/corpus/$target"

@@ -24,7 +24,7 @@ use imaged::{
         instance_service_client::InstanceServiceClient,
         work_request_service_client::WorkRequestServiceClient,
     },
-    port::{BoxFuture, Delete, HeldVolume, ObjectReader, ObjectStore, Upload, Volumes},
+    port::{BoxFuture, Delete, HeldVolume, ObjectReader, ObjectStore, Pace, Upload, Volumes},
     worker::Workers,
 };
 
@@ -44,7 +44,11 @@ impl Volumes for NoVolumes {
         let error = Error::new(Reason::VolumeNotFound, format!("no volume {}", path.display()));
         Box::pin(async { Err(error) })
     }
-    fn live<'a>(&'a self, source: &'a LiveSource) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
+    fn live<'a>(
+        &'a self,
+        source: &'a LiveSource,
+        _: Pace,
+    ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         self.hold(&source.volume)
     }
 }

@@ -34,7 +34,7 @@ use crate::{
     block::{reconcile::Reconciler, tests::pattern},
     error::{Error, Reason, Result},
     model::{ByteSize, image::EXTENT_SIZE},
-    port::Piece,
+    port::{Pace, Piece},
     sys::{aligned::AlignedBuf, slab::Buffer},
 };
 
@@ -157,7 +157,8 @@ fn guided(client: &mut Client, guide: Guide<'_>, size: u64, depth: u16) -> Resul
             }
             (extents, zeroes)
         });
-        let result = read_all(client, guide, ByteSize(size), depth, &pieces, &stop);
+        let result =
+            read_all(client, guide, ByteSize(size), depth, &Pace::default(), &pieces, &stop);
         drop(pieces);
         let (extents, zeroes) = consumer.join().unwrap();
         result?;
@@ -245,7 +246,15 @@ fn qemu_that_is_not_there_or_dies_is_named() {
     let error = thread::scope(|scope| {
         let client = &mut client;
         let reader = scope.spawn(move || {
-            read_all(client, Guide::Own, ByteSize(64 * E), 4, &pieces, &CancellationToken::new())
+            read_all(
+                client,
+                Guide::Own,
+                ByteSize(64 * E),
+                4,
+                &Pace::default(),
+                &pieces,
+                &CancellationToken::new(),
+            )
         });
         received.recv().unwrap();
         server.child.kill().unwrap();
@@ -289,7 +298,8 @@ fn qemu_that_hangs_is_not_waited_for_and_a_stop_is_heard() {
     let mut client = server.disk();
     let error = thread::scope(|scope| {
         let reader = scope.spawn(|| {
-            read_all(&mut client, Guide::Own, ByteSize(8 * E), 2, &pieces, &stop).unwrap_err()
+            read_all(&mut client, Guide::Own, ByteSize(8 * E), 2, &Pace::default(), &pieces, &stop)
+                .unwrap_err()
         });
         thread::sleep(Duration::from_millis(50));
         stop.cancel();
@@ -628,7 +638,16 @@ fn qemu_measure_an_export_of_4_gib() {
             let count = thread::scope(|scope| {
                 let consumer = scope.spawn(move || received.iter().count());
                 let stop = CancellationToken::new();
-                read_all(&mut client, Guide::Own, ByteSize(size), depth, &pieces, &stop).unwrap();
+                read_all(
+                    &mut client,
+                    Guide::Own,
+                    ByteSize(size),
+                    depth,
+                    &Pace::default(),
+                    &pieces,
+                    &stop,
+                )
+                .unwrap();
                 drop(pieces);
                 consumer.join().unwrap()
             });

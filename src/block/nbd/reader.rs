@@ -25,12 +25,13 @@ use super::{
 use crate::{
     block::{
         map::{Map, Plan, Step, everything, extents_to_read, united},
+        pace::Budget,
         reader::{EXTENT_LEN, Lent, ROOM_LATENCY, STOP_LATENCY},
         reconcile::Saved as _,
     },
     error::{Error, Reason, Result},
     model::{ByteSize, image::EXTENT_SIZE},
-    port::{Extent, Piece},
+    port::{Extent, Pace, Piece},
     sys::slab::{Buffer, Slab},
 };
 
@@ -59,7 +60,7 @@ pub enum Guide<'a> {
 
 /// Reads all `size` bytes of a volume from its export, and sends them as
 /// [`HeldVolume::read`](crate::port::HeldVolume::read) promises: every extent
-/// once, holes in order. At most `depth` extents are read or wait for their
+/// once, holes in order, and no faster than `pace`. At most `depth` extents are read or wait for their
 /// consumer, at least 1 and at most [`MAX_IN_FLIGHT`].
 ///
 /// What was sent is right only when this returns success: a snapshot can
@@ -80,6 +81,7 @@ pub fn read_all(
     guide: Guide<'_>,
     size: ByteSize,
     depth: u16,
+    pace: &Pace,
     pieces: &SyncSender<Piece>,
     stop: &CancellationToken,
 ) -> Result<()> {
@@ -101,6 +103,7 @@ pub fn read_all(
     let reading = Reading {
         export,
         size: size.get(),
+        budget: Budget::new(pace.clone()),
         plan: Plan::new(size.get(), &data).peekable(),
         free,
         home,
@@ -166,6 +169,7 @@ fn stopped(export: &Client) -> Error {
 struct Reading<'a> {
     export: &'a mut Client,
     size: u64,
+    budget: Budget,
     plan: Peekable<Plan<'a>>,
     free: Vec<Buffer>,
     home: Sender<Buffer>,
@@ -211,6 +215,9 @@ impl Reading<'_> {
                     self.deliver(Piece::Zeroes { first, count })?;
                 }
                 Some(Step::Read { index }) => {
+                    if self.free.is_empty() || !self.budget.take(EXTENT_SIZE) {
+                        break;
+                    }
                     let Some(buffer) = self.free.pop() else { break };
                     let offset = index * EXTENT_SIZE;
                     // The export's own length: a volume's last sector may be

@@ -10,6 +10,8 @@ use crate::{
 pub(super) struct Names {
     /// The file that takes what the guest overwrites.
     pub scratch: NodeName,
+    /// The same, with an end.
+    pub bound: NodeName,
     /// The same, as an image.
     pub overlay: NodeName,
     /// What copies before the guest writes.
@@ -34,6 +36,7 @@ impl Names {
         let names = || {
             Ok::<_, crate::hypervisor::qmp::NameError>(Self {
                 scratch: node("scratch")?,
+                bound: node("bound")?,
                 overlay: node("overlay")?,
                 filter: node("filter")?,
                 access: node("access")?,

@@ -26,8 +26,8 @@ use crate::{
     hypervisor::{
         Recorder,
         qmp::{
-            AllocationMap, Command, Done, Events, FilePath, NodeRef, Observed, Qmp, SocketPath,
-            Switch,
+            AllocationMap, Command, DeviceStatistics, Done, Events, FilePath, NodeRef, Observed,
+            Qmp, SocketPath, Switch,
         },
     },
     model::{
@@ -36,16 +36,20 @@ use crate::{
         live::{LiveSource, PointInTime, Undo},
         trace::Trace,
     },
-    port::{BoxFuture, LiveSnapshot, Prepared, Released, SnapshotOrder},
+    port::{BoxFuture, DiskWork, LiveSnapshot, Prepared, Released, SnapshotOrder},
 };
 
 /// Longest copy before a guest's write. QEMU 7.2 keeps it in 32 bits of
 /// nanoseconds: 4.29 s at most are what they say.
 const COPY_SECONDS: u32 = 4;
 
-/// How often the scratch is measured. At 10 GiB/s, more than any guest
-/// overwrites, it grows by 2 GiB meanwhile.
+/// How often the scratch is measured. QEMU alone keeps the bound; this tells
+/// of a full one before the next read does.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// With so little left, QEMU may have found no room: it needs a cluster and
+/// its tables at once.
+const LEFT: u64 = ByteSize::MIB;
 
 /// A snapshot that can be taken: everything was looked at.
 #[derive(Debug)]
@@ -125,7 +129,9 @@ impl Ready {
     /// show them. The guest notices nothing.
     async fn add_scratch(&self) -> Result<()> {
         let (dir, size, owner) = (self.undo.dir.clone(), self.disk.size.get(), self.owner);
-        let made = tokio::task::spawn_blocking(move || make_scratch(&dir, size, owner));
+        // Whole sectors, as QEMU counts.
+        let limit = self.order.scratch.get() / 512 * 512;
+        let made = tokio::task::spawn_blocking(move || make_scratch(&dir, size, limit, owner));
         made.await.map_err(io::Error::other).flatten().context(Reason::Internal, || {
             format!("no scratch file can be made in {}", self.undo.dir.display())
         })?;
@@ -134,9 +140,10 @@ impl Ready {
             FilePath::new(&self.undo.dir.join(SCRATCH_FILE)).context(Reason::Internal, odd)?;
         let socket =
             SocketPath::new(&self.undo.dir.join(SOCKET_FILE)).context(Reason::Internal, odd)?;
-        let Names { scratch, overlay, .. } = self.names.clone();
+        let Names { scratch, bound, overlay, .. } = self.names.clone();
         self.execute(Command::add_scratch(scratch.clone(), file)).await?;
-        self.execute(Command::add_overlay(overlay, scratch, None)).await?;
+        self.execute(Command::add_bound(bound.clone(), scratch, limit)).await?;
+        self.execute(Command::add_overlay(overlay, bound, None)).await?;
         self.execute(Command::start_nbd_server(socket)).await
     }
 
@@ -199,12 +206,14 @@ fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
-/// An empty image that only QEMU's user may open.
-fn make_scratch(dir: &Path, size: u64, owner: Option<(Uid, Gid)>) -> io::Result<()> {
+/// An empty image that only QEMU's user may open, in a sparse file that is as
+/// long as it may ever be.
+fn make_scratch(dir: &Path, size: u64, limit: u64, owner: Option<(Uid, Gid)>) -> io::Result<()> {
     fs::DirBuilder::new().mode(0o700).create(dir)?;
     let path = dir.join(SCRATCH_FILE);
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
     io::Write::write_all(&mut file, &qcow2::empty(size))?;
+    file.set_len(limit)?;
     if let Some((user, group)) = owner {
         for path in [path.as_path(), dir] {
             nix::unistd::chown(path, Some(user), Some(group))?;
@@ -234,6 +243,21 @@ impl LiveSnapshot for Taken {
         &self.source
     }
 
+    fn disk_work(&self) -> BoxFuture<'_, Result<DiskWork>> {
+        Box::pin(async move {
+            let disks = self.qmp.execute(Command::query_statistics(), within(COMMAND)).await?;
+            let is_it = |disk: &&DeviceStatistics| {
+                disk.qdev.as_ref().is_some_and(|qdev| qdev.as_str() == self.undo.device)
+            };
+            let stats = disks.iter().find(is_it).map(|disk| disk.stats).unwrap_or_default();
+            let nanos = stats.rd_total_time_ns + stats.wr_total_time_ns + stats.flush_total_time_ns;
+            Ok(DiskWork {
+                operations: stats.rd_operations + stats.wr_operations + stats.flush_operations,
+                time: Duration::from_nanos(nanos),
+            })
+        })
+    }
+
     fn lost(&self) -> BoxFuture<'_, Error> {
         Box::pin(async move {
             let mut events = self.events.lock().await;
@@ -257,14 +281,14 @@ impl LiveSnapshot for Taken {
 }
 
 impl Taken {
-    /// Returns when more of the disk is used than was allowed.
+    /// Returns when all that is allowed of the disk is used.
     async fn overflow(&self) -> Error {
         loop {
             sleep(LOOK).await;
             let Ok(used) = used(&self.undo.dir).await else { continue };
-            if used > self.limit {
+            if used.get() + LEFT > self.limit.get() {
                 let context = format!(
-                    "the guest overwrote more than the {} of scratch that one image may take",
+                    "what the guest overwrote fills the {} of scratch that one image may take",
                     self.limit
                 );
                 return Error::new(Reason::SnapshotBroken, context)

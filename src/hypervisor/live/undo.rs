@@ -85,7 +85,7 @@ pub(super) async fn take_out(qmp: &Qmp, undo: &Undo) -> Result<()> {
     if is_there(&names.filter) {
         switch_back(qmp, undo, &names).await?;
     }
-    for name in [&names.filter, &names.overlay, &names.scratch] {
+    for name in [&names.filter, &names.overlay, &names.bound, &names.scratch] {
         remove(name).await?;
     }
     Ok(())

@@ -74,6 +74,11 @@ pub(super) enum NewNode {
         cache: Cache,
         discard: Discard,
     },
+    Raw {
+        node_name: NodeName,
+        file: NodeName,
+        size: u64,
+    },
     Qcow2 {
         node_name: NodeName,
         file: NodeName,
@@ -212,6 +217,9 @@ impl Call {
             Self::BlockdevAdd(node) => match node {
                 NewNode::File { node_name, filename, .. } => {
                     format!("open the scratch file {filename} as the node {node_name}")
+                }
+                NewNode::Raw { node_name, size, .. } => {
+                    format!("bound the scratch to {size} bytes as the node {node_name}")
                 }
                 NewNode::Qcow2 { node_name, .. } => format!("add the overlay {node_name}"),
                 NewNode::CopyBeforeWrite { node_name, file, .. } => {

@@ -33,7 +33,7 @@ pub const ALLOWED: &[Allowed] = &[
     },
     Allowed {
         name: "blockdev-add",
-        why: "adds scratch file, overlay, copy-before-write filter and snapshot access, all named `imaged-…`",
+        why: "adds scratch file, its bound, overlay, copy-before-write filter and snapshot access, all named `imaged-…`",
     },
     Allowed { name: "blockdev-del", why: "removes nodes named `imaged-…`, no others" },
     Allowed {
@@ -156,6 +156,13 @@ impl Command<Done> {
         let cache = Cache { no_flush: true };
         let discard = Discard::Unmap;
         Call::BlockdevAdd(NewNode::File { node_name: node, filename: file, cache, discard }).into()
+    }
+
+    /// Bounds the scratch node `file`, which must be as long as `size`, a
+    /// multiple of 512: QEMU has no room beyond it, whoever is alive to look.
+    #[must_use]
+    pub fn add_bound(node: NodeName, file: NodeName, size: u64) -> Self {
+        Call::BlockdevAdd(NewNode::Raw { node_name: node, file, size }).into()
     }
 
     /// Takes the scratch node `file` as a qcow2. Whatever backing file its
@@ -321,6 +328,7 @@ pub(super) mod tests {
             Command::query_jobs().call,
             Command::query_exports().call,
             Command::add_scratch(own("imaged-s"), file).call,
+            Command::add_bound(own("imaged-b"), own("imaged-s"), 1 << 30).call,
             Command::add_overlay(own("imaged-o"), own("imaged-s"), None).call,
             Command::add_overlay(own("imaged-o"), own("imaged-s"), Some(own("boot"))).call,
             Command::add_copy_before_write(own("imaged-f"), own("#b1"), own("imaged-o"), timeout)
@@ -357,6 +365,7 @@ pub(super) mod tests {
         {"execute":"query-jobs","id":1}
         {"execute":"query-block-exports","id":1}
         {"execute":"blockdev-add","arguments":{"driver":"file","node-name":"imaged-s","filename":"/scratch/a.qcow2","cache":{"no-flush":true},"discard":"unmap"},"id":1}
+        {"execute":"blockdev-add","arguments":{"driver":"raw","node-name":"imaged-b","file":"imaged-s","size":1073741824},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"imaged-o","file":"imaged-s","backing":null},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"imaged-o","file":"imaged-s","backing":"boot"},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"copy-before-write","node-name":"imaged-f","file":"#b1","target":"imaged-o","on-cbw-error":"break-snapshot","cbw-timeout":30},"id":1}
