@@ -1,8 +1,8 @@
-//! What survives a restart: an embedded database with one table.
+//! What survives a restart: an embedded database with two tables.
 //!
 //! ```text
-//! key    id of the work request
-//! value  {"version": 1, "workRequest": {…}}
+//! work_requests  {"version": 1, "workRequest": {…}}   both by the id
+//! traces         {"version": 1, "trace": {…}}         of a work request
 //! ```
 //! One thread owns the database, because its calls block on fsync; callers
 //! wait in a bounded channel, no longer than a minute. An answer means that
@@ -24,7 +24,7 @@ use redb::{
     Builder, Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError,
     TableDefinition,
 };
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::{
     sync::{mpsc, oneshot},
     time::timeout,
@@ -32,11 +32,14 @@ use tokio::{
 
 use crate::{
     error::{Cause, Context, Error, Reason, Result},
-    model::{WorkRequestId, work_request::WorkRequest},
+    model::{WorkRequestId, trace::Trace, work_request::WorkRequest},
     port::{self, BoxFuture},
 };
 
 const WORK_REQUESTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("work_requests");
+const TRACES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("traces");
+
+type Table = TableDefinition<'static, &'static str, &'static [u8]>;
 
 /// Version of the values that this imaged writes, and the newest it reads.
 const VERSION: u32 = 1;
@@ -70,7 +73,8 @@ pub struct Journal {
 type Entry = (String, Vec<u8>);
 
 enum Command {
-    Put { key: String, value: Vec<u8>, done: oneshot::Sender<Result<(), Failed>> },
+    Put { table: Table, key: String, value: Vec<u8>, done: oneshot::Sender<Result<(), Failed>> },
+    Get { table: Table, key: String, done: oneshot::Sender<Result<Option<Vec<u8>>, Failed>> },
     Load { done: oneshot::Sender<Result<Vec<Entry>, Failed>> },
     Forget { keys: Vec<String>, done: oneshot::Sender<Result<(), Failed>> },
 }
@@ -80,6 +84,12 @@ enum Command {
 struct Value<T> {
     version: u32,
     work_request: T,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Traced<T> {
+    version: u32,
+    trace: T,
 }
 
 /// Enough of a value to know whether the rest can be read.
@@ -180,9 +190,38 @@ impl port::Journal for Journal {
             let key = request.id.to_string();
             self.ask(
                 || format!("{} could not be written to", request.id),
-                |done| Command::Put { key, value, done },
+                |done| Command::Put { table: WORK_REQUESTS, key, value, done },
             )
             .await
+        })
+    }
+
+    fn put_trace<'a>(
+        &'a self,
+        id: &'a WorkRequestId,
+        trace: &'a Trace,
+    ) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let value = serde_json::to_vec(&Traced { version: VERSION, trace })
+                .context(Reason::Internal, || format!("the trace of {id} cannot be serialised"))?;
+            let key = id.to_string();
+            self.ask(
+                || format!("the trace of {id} could not be written to"),
+                |done| Command::Put { table: TRACES, key, value, done },
+            )
+            .await
+        })
+    }
+
+    fn trace<'a>(&'a self, id: &'a WorkRequestId) -> BoxFuture<'a, Result<Option<Trace>>> {
+        Box::pin(async move {
+            let key = id.to_string();
+            let doing = || format!("the trace of {id} could not be read from");
+            let value = self.ask(doing, |done| Command::Get { table: TRACES, key, done }).await?;
+            let Some(value) = value else { return Ok(None) };
+            let key = format!("the trace of {id}");
+            let Traced { trace, .. } = decode(&key, &value, &self.path)?;
+            Ok(Some(trace))
         })
     }
 
@@ -192,7 +231,10 @@ impl port::Journal for Journal {
             let values = self.ask(doing, |done| Command::Load { done }).await?;
             let mut requests = values
                 .iter()
-                .map(|(key, value)| decode(key, value, &self.path))
+                .map(|(key, value)| {
+                    let Value::<WorkRequest> { work_request, .. } = decode(key, value, &self.path)?;
+                    Ok(work_request)
+                })
                 .collect::<Result<Vec<_>>>()?;
             requests.sort_by(|a, b| (a.time_accepted, &a.id).cmp(&(b.time_accepted, &b.id)));
             Ok(requests)
@@ -208,7 +250,7 @@ impl port::Journal for Journal {
     }
 }
 
-fn decode(key: &str, value: &[u8], path: &Path) -> Result<WorkRequest> {
+fn decode<T: DeserializeOwned>(key: &str, value: &[u8], path: &Path) -> Result<T> {
     let unreadable = || format!("{key} in the journal {} cannot be read", path.display());
     let header: Header =
         serde_json::from_slice(value).context(Reason::JournalFailed, unreadable)?;
@@ -218,9 +260,7 @@ fn decode(key: &str, value: &[u8], path: &Path) -> Result<WorkRequest> {
             .because(format!("it has version {found}, and this imaged reads up to {VERSION}"))
             .advice("start the newer imaged that wrote it; nothing was changed"));
     }
-    let value: Value<WorkRequest> =
-        serde_json::from_slice(value).context(Reason::JournalFailed, unreadable)?;
-    Ok(value.work_request)
+    serde_json::from_slice(value).context(Reason::JournalFailed, unreadable)
 }
 
 /// The database, on its thread.
@@ -249,8 +289,11 @@ impl Store {
         while let Some(command) = commands.blocking_recv() {
             // A caller that has gone does not want to know.
             match command {
-                Command::Put { key, value, done } => {
-                    let _ = done.send(self.with(|database| put(database, &key, &value)));
+                Command::Put { table, key, value, done } => {
+                    let _ = done.send(self.with(|database| put(database, table, &key, &value)));
+                }
+                Command::Get { table, key, done } => {
+                    let _ = done.send(self.with(|database| get(database, table, &key)));
                 }
                 Command::Load { done } => drop(done.send(self.with(load))),
                 Command::Forget { keys, done } => {
@@ -292,16 +335,22 @@ fn open_database(file: File) -> Result<Database, Failed> {
     let database = Builder::new().set_cache_size(CACHE_BYTES).create_file(file)?;
     let transaction = database.begin_write()?;
     transaction.open_table(WORK_REQUESTS)?;
+    transaction.open_table(TRACES)?;
     transaction.commit()?;
     Ok(database)
 }
 
 // Commits are durable unless redb is told otherwise.
 
-fn put(database: &Database, key: &str, value: &[u8]) -> Result<(), Failed> {
+fn put(database: &Database, table: Table, key: &str, value: &[u8]) -> Result<(), Failed> {
     let transaction = database.begin_write()?;
-    transaction.open_table(WORK_REQUESTS)?.insert(key, value)?;
+    transaction.open_table(table)?.insert(key, value)?;
     Ok(transaction.commit()?)
+}
+
+fn get(database: &Database, table: Table, key: &str) -> Result<Option<Vec<u8>>, Failed> {
+    let table = database.begin_read()?.open_table(table)?;
+    Ok(table.get(key)?.map(|value| value.value().to_vec()))
 }
 
 fn load(database: &Database) -> Result<Vec<Entry>, Failed> {
@@ -316,8 +365,8 @@ fn load(database: &Database) -> Result<Vec<Entry>, Failed> {
 
 fn forget(database: &Database, keys: &[String]) -> Result<(), Failed> {
     let transaction = database.begin_write()?;
-    {
-        let mut table = transaction.open_table(WORK_REQUESTS)?;
+    for table in [WORK_REQUESTS, TRACES] {
+        let mut table = transaction.open_table(table)?;
         for key in keys {
             table.remove(key.as_str())?;
         }
@@ -333,6 +382,7 @@ mod tests {
     use crate::{
         model::{
             Timestamp,
+            trace::Dropped,
             work_request::{Operation, Phase, Progress, Status},
         },
         port::Journal as _,
@@ -383,7 +433,13 @@ mod tests {
         }
         let journal = Journal::open(&path).unwrap();
         assert_eq!(journal.load().await.unwrap(), [old.clone(), new.clone()]);
+        let trace =
+            Trace { dropped: Dropped { events: 3, ..Dropped::default() }, ..Trace::default() };
+        journal.put_trace(&new.id, &trace).await.unwrap();
+        assert_eq!(journal.trace(&new.id).await.unwrap(), Some(trace));
+        assert_eq!(journal.trace(&old.id).await.unwrap(), None);
         journal.forget(&[new.id.clone(), request(3_000).id]).await.unwrap();
+        assert_eq!(journal.trace(&new.id).await.unwrap(), None);
         assert_eq!(journal.load().await.unwrap(), [old]);
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);
     }
@@ -410,7 +466,7 @@ mod tests {
         {
             let store = Store::open(path.clone()).unwrap();
             let database = store.database.as_ref().unwrap();
-            put(database, "wr-1", newer.to_string().as_bytes()).unwrap();
+            put(database, WORK_REQUESTS, "wr-1", newer.to_string().as_bytes()).unwrap();
         }
         let error = {
             let journal = Journal::open(&path).unwrap();
@@ -465,7 +521,7 @@ mod tests {
         let failed: Result<(), _> = store.with(|_| Err("the disk is full".into()));
         failed.unwrap_err();
         assert!(store.database.is_none());
-        store.with(|database| put(database, "a", b"b")).unwrap();
+        store.with(|database| put(database, WORK_REQUESTS, "a", b"b")).unwrap();
         assert_eq!(store.with(load).unwrap().len(), 1);
     }
 }

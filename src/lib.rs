@@ -28,6 +28,7 @@ pub mod journal;
 pub mod model;
 pub mod pb;
 pub mod port;
+pub mod recorder;
 pub mod rpc;
 pub mod store;
 pub mod sys;

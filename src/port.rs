@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     error::{Error, Result},
     model::{
-        ByteSize, ImageId, Timestamp,
+        ByteSize, ImageId, Timestamp, WorkRequestId,
         host::Space,
         image::{Manifest, ObjectDigest, Record, Stored},
         instance::{Instance, PowerState},
@@ -32,6 +32,7 @@ use crate::{
         trace::Trace,
         work_request::WorkRequest,
     },
+    recorder::Recorder,
 };
 
 /// Time and chance.
@@ -49,7 +50,8 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState>;
 
     /// Looks whether a snapshot of the running `instance` can be taken in
-    /// this way, and changes nothing.
+    /// this way, and changes nothing. What is said to it from here on is
+    /// recorded.
     ///
     /// # Errors
     ///
@@ -59,6 +61,7 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
         &'a self,
         instance: &'a Instance,
         order: SnapshotOrder,
+        recorder: Arc<Recorder>,
     ) -> BoxFuture<'a, Result<Box<dyn Prepared>>>;
 
     /// Takes a snapshot back that another session took: thaws the guest,
@@ -68,7 +71,7 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// # Errors
     ///
     /// As [`prepare`](Self::prepare): it is to be tried again.
-    fn undo<'a>(&'a self, undo: &'a Undo) -> BoxFuture<'a, Result<()>>;
+    fn undo<'a>(&'a self, undo: &'a Undo, recorder: Arc<Recorder>) -> BoxFuture<'a, Result<()>>;
 }
 
 /// How fast a volume may be read: set by who watches its guest, obeyed by who
@@ -128,8 +131,6 @@ pub trait Prepared: Send + fmt::Debug {
     ///
     /// As [`Hypervisor::prepare`].
     fn take(self: Box<Self>) -> BoxFuture<'static, Result<Box<dyn LiveSnapshot>>>;
-    /// What was said to the instance so far.
-    fn trace(&self) -> Trace;
 }
 
 /// A snapshot of a running instance. Dropped without
@@ -149,21 +150,12 @@ pub trait LiveSnapshot: Send + Sync + fmt::Debug {
     /// Waits until it can no longer be right: its scratch is full, or QEMU
     /// has ended.
     fn lost(&self) -> BoxFuture<'_, Error>;
-    /// Takes it back.
+    /// Takes it back. Returns how many bytes of scratch it took.
     ///
     /// # Errors
     ///
     /// As [`Hypervisor::undo`], which is to be asked then.
-    fn release(self: Box<Self>) -> BoxFuture<'static, Result<Released>>;
-}
-
-/// A snapshot that is no more.
-#[derive(Debug, Clone)]
-pub struct Released {
-    /// Bytes of scratch that it took.
-    pub scratch: ByteSize,
-    /// What was said to the instance.
-    pub trace: Trace,
+    fn release(self: Box<Self>) -> BoxFuture<'static, Result<ByteSize>>;
 }
 
 /// The volumes of this host.
@@ -333,6 +325,9 @@ pub struct Sealed {
     pub record: Record,
     /// 32 bytes for each extent.
     pub extent_digests: Vec<u8>,
+    /// What was said to a running instance, in JSON; the manifest has its
+    /// digest.
+    pub trace: Option<Vec<u8>>,
 }
 
 /// A part of an object on its way to a store.
@@ -486,8 +481,25 @@ pub trait Journal: Send + Sync + fmt::Debug {
     ///
     /// `JOURNAL_FAILED`.
     fn put<'a>(&'a self, request: &'a WorkRequest) -> BoxFuture<'a, Result<()>>;
+    /// Keeps what the request `id` said to its instance; an older record of
+    /// it is replaced. Bounded: less than 1 MiB.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`.
+    fn put_trace<'a>(
+        &'a self,
+        id: &'a WorkRequestId,
+        trace: &'a Trace,
+    ) -> BoxFuture<'a, Result<()>>;
+    /// What the request `id` said to its instance; `None`: nothing.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`.
+    fn trace<'a>(&'a self, id: &'a WorkRequestId) -> BoxFuture<'a, Result<Option<Trace>>>;
     /// Everything that is kept, oldest first.
     fn load(&self) -> BoxFuture<'_, Result<Vec<WorkRequest>>>;
-    /// Forgets these; unknown ids are no error.
-    fn forget<'a>(&'a self, ids: &'a [crate::model::WorkRequestId]) -> BoxFuture<'a, Result<()>>;
+    /// Forgets these, with what they said; unknown ids are no error.
+    fn forget<'a>(&'a self, ids: &'a [WorkRequestId]) -> BoxFuture<'a, Result<()>>;
 }

@@ -253,6 +253,9 @@ pub(super) enum WorkRequestVerb {
         /// OCID of the work request.
         #[arg(long, value_name = "OCID")]
         work_request_id: String,
+        /// Show instead what was said to the instance, command by command.
+        #[arg(long)]
+        trace: bool,
     },
     /// Follow a work request to its end; the exit code tells how it ended.
     Watch {

@@ -64,6 +64,12 @@ pub struct Settings {
     pub spare: SpareParts,
 }
 
+/// The digest of an object that is in memory.
+#[must_use]
+pub fn object_digest(bytes: &[u8]) -> ObjectDigest {
+    ObjectDigest(Sha256::digest(bytes).into())
+}
+
 /// What is known of the image when all of it was encoded.
 #[derive(Debug)]
 pub struct Encoded {

@@ -5,19 +5,18 @@
 //! qmp       commands to QEMU          ┐ allow-lists, published
 //! agent     commands to the guest     ┘ in docs/qemu-commands.md
 //! live      snapshots of running instances, with both
-//! recorder  everything that was said
+//! keep      what of it may be recorded
 //! ```
 
 pub mod agent;
 mod allowed;
+mod keep;
 pub mod lines;
 mod live;
 mod qemu;
 pub mod qmp;
-mod recorder;
 mod refusal;
 
 pub use allowed::Allowed;
 pub use qemu::QemuHost;
-pub use recorder::Recorder;
 pub use refusal::Refusal;

@@ -13,7 +13,6 @@ use tokio::time::timeout;
 use super::{
     live,
     qmp::{self, NoGreeting},
-    recorder::Recorder,
 };
 use crate::{
     error::{Context, Reason, Result},
@@ -22,6 +21,7 @@ use crate::{
         live::Undo,
     },
     port::{BoxFuture, Hypervisor, Prepared, SnapshotOrder},
+    recorder::Recorder,
 };
 
 /// A QEMU that is alive greets within milliseconds; a loaded host is given
@@ -57,19 +57,19 @@ impl Hypervisor for QemuHost {
         &'a self,
         instance: &'a Instance,
         order: SnapshotOrder,
+        recorder: Arc<Recorder>,
     ) -> BoxFuture<'a, Result<Box<dyn Prepared>>> {
         Box::pin(async move {
             let random = getrandom::u64()
                 .context(Reason::Internal, || "the kernel gives no random numbers")?;
             let tag = format!("{:012x}", random >> 16);
-            let recorder = Arc::new(Recorder::new());
             let ready = live::prepare(instance, order, &self.scratch_dir, tag, recorder).await?;
             Ok(Box::new(ready) as Box<dyn Prepared>)
         })
     }
 
-    fn undo<'a>(&'a self, undo: &'a Undo) -> BoxFuture<'a, Result<()>> {
-        Box::pin(live::undo(undo, Arc::new(Recorder::new())))
+    fn undo<'a>(&'a self, undo: &'a Undo, recorder: Arc<Recorder>) -> BoxFuture<'a, Result<()>> {
+        Box::pin(live::undo(undo, recorder))
     }
 }
 

@@ -106,6 +106,9 @@ pub struct Stored {
     /// The point in time, of an instance that ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub point_in_time: Option<PointInTime>,
+    /// SHA-256 of the trace, of an instance that ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trace_digest: Option<ObjectDigest>,
     /// When each phase of the capture began.
     pub time_line: Vec<PhaseTime>,
     /// Version of the imaged that made it.

@@ -16,6 +16,31 @@ pub struct Trace {
     pub dropped: Dropped,
 }
 
+impl Trace {
+    /// Whether nothing was said.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// This and what a later recording has, with its times counted on from
+    /// the end of this.
+    #[must_use]
+    pub fn then(mut self, later: Self) -> Self {
+        let end = self.entries.last().map_or(0, |entry| entry.at_micros);
+        self.entries.extend(
+            later
+                .entries
+                .into_iter()
+                .map(|entry| Entry { at_micros: end.saturating_add(entry.at_micros), ..entry }),
+        );
+        self.dropped.commands += later.dropped.commands;
+        self.dropped.queries += later.dropped.queries;
+        self.dropped.events += later.dropped.events;
+        self
+    }
+}
+
 /// One thing that was said, heard or noted.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

@@ -15,6 +15,7 @@ use crate::{
         image::{Compression, Consistency, Image, ImageState, LaunchMode},
         instance::{Instance, PowerState},
         live::Mode,
+        trace::{Channel, Dropped, Entry, Kind, Trace},
         work_request::{Action, Operation, Status, WorkRequest},
     },
     pb,
@@ -306,6 +307,37 @@ impl From<Compression> for pb::Compression {
             Compression::Zstd => Self::Zstd,
             Compression::Deflate => Self::Deflate,
             Compression::None => Self::None,
+        }
+    }
+}
+
+impl From<Trace> for pb::WorkRequestTrace {
+    fn from(trace: Trace) -> Self {
+        use pb::trace_entry::{Channel as PbChannel, Kind as PbKind};
+        let entry = |entry: Entry| pb::TraceEntry {
+            at_micros: entry.at_micros,
+            channel: match entry.channel {
+                Channel::Qmp => PbChannel::Qmp,
+                Channel::Agent => PbChannel::Agent,
+                Channel::Imaged => PbChannel::Imaged,
+            }
+            .into(),
+            kind: match entry.kind {
+                Kind::Command => PbKind::Command,
+                Kind::Answer => PbKind::Answer,
+                Kind::Refusal => PbKind::Refusal,
+                Kind::Event => PbKind::Event,
+                Kind::Note => PbKind::Note,
+            }
+            .into(),
+            name: entry.name,
+            id: entry.id,
+            data_json: entry.data.map(|data| data.to_string()).unwrap_or_default(),
+        };
+        let Dropped { commands, queries, events } = trace.dropped;
+        Self {
+            entries: trace.entries.into_iter().map(entry).collect(),
+            dropped_entries: commands + queries + events,
         }
     }
 }

@@ -42,6 +42,16 @@ impl WorkRequestService for Requests {
         Ok(Response::new(found.into()))
     }
 
+    async fn get_work_request_trace(
+        &self,
+        request: Request<pb::GetWorkRequestTraceRequest>,
+    ) -> Result<Response<pb::WorkRequestTrace>, Status> {
+        let id = &request.get_ref().work_request_id;
+        let id = convert::work_request_id(id).map_err(status::from)?;
+        let trace = self.work.trace(&id).await.map_err(status::from)?;
+        Ok(Response::new(trace.into()))
+    }
+
     async fn list_work_requests(
         &self,
         request: Request<pb::ListWorkRequestsRequest>,

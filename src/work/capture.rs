@@ -25,23 +25,29 @@ use std::{
 
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc, oneshot, watch},
+    sync::{OwnedSemaphorePermit, mpsc, oneshot},
     time::{MissedTickBehavior, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Found, Work, driver::check, governor::Governor, tracker::Tracker, watchdog::Watchdog};
+use super::{
+    Found, Work,
+    driver::check,
+    governor::Governor,
+    tracker::{Teller, Tracker},
+    watchdog::Watchdog,
+};
 use crate::{
     encode::{self, Encoded, Meter},
-    error::{Error, Reason, Result},
+    error::{Context, Error, Reason, Result},
     model::{
         ByteSize,
         image::{Format, Image, Manifest, ManifestSchema, Stored},
         instance::Instance,
         live::{Mode, PointInTime, Undo},
-        work_request::{Phase, Progress, WorkRequest},
+        work_request::{Phase, Progress},
     },
-    port::{HeldVolume, LiveSnapshot, Pace, Part, Prepared, Released, Sealed, Upload},
+    port::{HeldVolume, LiveSnapshot, Pace, Part, Prepared, Sealed, Upload},
 };
 
 /// Pieces between the reader and the encoder. The reader's buffers are the
@@ -82,8 +88,9 @@ impl Capture {
     ) -> Result<()> {
         tracker.phase(Phase::Preflight).await?;
         let origin = &self.image.origin;
-        let found =
-            work.preflight(self.instance.as_ref(), &origin.source_volume, self.mode).await?;
+        let found = work
+            .preflight(self.instance.as_ref(), &origin.source_volume, self.mode, tracker.recorder())
+            .await?;
         check(stop)?;
 
         let store = work.0.catalogue.store(&self.image.origin.store)?;
@@ -178,7 +185,7 @@ impl Capture {
             0 => source.clone(),
             _ => self.store(),
         };
-        let request = tracker.watch();
+        let teller = tracker.teller();
         let pumped = pump(volume, settings, line, &putting, tracker);
         let encoded = match &live {
             None => watchdog.guard(who, pumped).await?,
@@ -186,14 +193,14 @@ impl Capture {
                 biased;
                 encoded = watchdog.guard(who, pumped) => encoded?,
                 lost = live.snapshot.lost() => return Err(lost),
-                never = live.spare_the_guest(&request) => match never {},
+                never = live.spare_the_guest(&teller) => match never {},
             },
         };
         let mut point_in_time = None;
         if let Some(Live { snapshot, .. }) = live {
             tracker.phase(Phase::Release).await?;
             let point = *snapshot.point();
-            let Released { scratch, .. } = snapshot.release().await?;
+            let scratch = snapshot.release().await?;
             tracker.owe(None).await?;
             tracker.log(format!("what the guest overwrote meanwhile took {scratch} of scratch"));
             point_in_time = Some(PointInTime { scratch, ..point });
@@ -202,6 +209,13 @@ impl Capture {
 
         // From here on a cancellation comes too late: the image may be seen.
         tracker.phase(Phase::Seal).await?;
+        let trace = match point_in_time {
+            Some(_) => Some(serde_json::to_vec(&tracker.recorder().trace()).context(
+                Reason::Internal,
+                || "what was said to the instance cannot be written as JSON",
+            )?),
+            None => None,
+        };
         let sealed = Sealed {
             manifest: Manifest {
                 schema: ManifestSchema::V1,
@@ -215,12 +229,14 @@ impl Capture {
                     object_digest: encoded.object_digest,
                     parts: encoded.parts,
                     point_in_time,
+                    trace_digest: trace.as_deref().map(encode::object_digest),
                     time_line: tracker.time_line(),
                     imaged_version: env!("CARGO_PKG_VERSION").to_owned(),
                 },
             },
             record: self.image.record.clone(),
             extent_digests: encoded.extent_digests,
+            trace,
         };
         watchdog.guard(|| self.store(), upload.seal(Arc::new(sealed))).await
     }
@@ -247,8 +263,9 @@ struct Live {
 
 impl Live {
     /// Reads slower when the guest's disk gets slow, for ever.
-    async fn spare_the_guest(&self, request: &watch::Receiver<WorkRequest>) -> Infallible {
+    async fn spare_the_guest(&self, teller: &Teller) -> Infallible {
         let mut governor = None;
+        let mut told = false;
         let mut ticks = tokio::time::interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -257,15 +274,15 @@ impl Live {
             let Ok(work) = self.snapshot.disk_work().await else { continue };
             let before = self.pace.get();
             let governor = governor.get_or_insert_with(|| Governor::new(work));
-            let limit = governor.decide(work, request.borrow().progress.per_second);
+            let limit = governor.decide(work, teller.per_second());
             self.pace.set(limit);
-            let id = request.borrow().id.clone();
-            match (before, limit) {
-                (None, Some(limit)) => tracing::info!(
-                    work_request = %id, "the guest's disk is slow: {}/s are read", ByteSize(limit)
-                ),
-                (Some(_), None) => tracing::info!(work_request = %id, "read at full speed again"),
-                _ => {}
+            // Once: it may come and go for hours.
+            if let (None, Some(limit), false) = (before, limit, told) {
+                told = true;
+                teller.log(format!(
+                    "the guest's disk got slow: reading steps back whenever it does, to {}/s now",
+                    ByteSize(limit)
+                ));
             }
         }
     }

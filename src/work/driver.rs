@@ -100,7 +100,7 @@ async fn drive(work: Work, job: Job, task: Task) {
 /// Gives an instance back what a failed capture took. What cannot be done
 /// now stays in the journal.
 async fn give_back(work: &Work, tracker: &Tracker, undo: Undo) {
-    let told = match work.0.ports.hypervisor.undo(&undo).await {
+    let told = match work.0.ports.hypervisor.undo(&undo, tracker.recorder()).await {
         Ok(()) => tracker.owe(None).await,
         Err(error) => Err(error),
     };

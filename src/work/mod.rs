@@ -42,12 +42,14 @@ use crate::{
         image::{Compression, Consistency, Image, ImageState, LaunchMode, Origin, Record},
         instance::{Instance, OperatingSystem, PowerState},
         live::Mode,
+        trace::Trace,
         work_request::{Action, EntityType, Operation, Resource, Retry, WorkRequest},
     },
     port::{
         Clock, HeldVolume, Hypervisor, Inspector, Journal, ObjectStore, Prepared, SnapshotOrder,
         Volumes,
     },
+    recorder::Recorder,
 };
 
 /// Everything that the work needs from the world.
@@ -266,7 +268,8 @@ impl Work {
         mut image: Image,
         mode: Mode,
     ) -> Result<Image> {
-        let found = self.preflight(instance, &image.origin.source_volume, mode).await?;
+        let volume = &image.origin.source_volume;
+        let found = self.preflight(instance, volume, mode, Arc::default()).await?;
         if let Found::Running(_) = found {
             // Until the point in time was taken, no better than it may become.
             image.origin.consistency = Consistency::Crash;
@@ -387,6 +390,17 @@ impl Work {
         Ok(self.watch(id)?.borrow().clone())
     }
 
+    /// What a work request said to its instance so far, and what it heard;
+    /// empty where it said nothing.
+    ///
+    /// # Errors
+    ///
+    /// `WORK_REQUEST_NOT_FOUND`, `JOURNAL_FAILED`.
+    pub async fn trace(&self, id: &WorkRequestId) -> Result<Trace> {
+        drop(self.watch(id)?);
+        Ok(self.0.ports.journal.trace(id).await?.unwrap_or_default())
+    }
+
     /// All work requests that are remembered, newest first.
     #[must_use]
     pub fn work_requests(&self) -> Vec<WorkRequest> {
@@ -456,13 +470,15 @@ impl Work {
         instance: Option<&Instance>,
         volume: &Path,
         mode: Mode,
+        recorder: Arc<Recorder>,
     ) -> Result<Found> {
         if let Some(instance) = instance {
             match self.power_state(instance).await {
                 PowerState::Stopped => {}
                 PowerState::Running => {
                     let order = SnapshotOrder { mode, scratch: self.0.settings.scratch_size };
-                    let prepared = self.0.ports.hypervisor.prepare(instance, order).await?;
+                    let prepared =
+                        self.0.ports.hypervisor.prepare(instance, order, recorder).await?;
                     self.check_size(prepared.size(), volume)?;
                     return Ok(Found::Running(prepared));
                 }

@@ -1,11 +1,14 @@
 //! What a started daemon does before it takes orders: end what a dead one
 //! began.
 
+use std::sync::Arc;
+
 use super::{Ports, tracker};
 use crate::{
     error::{Error, Reason, Result},
     model::work_request::{Action, LogEntry, Resource, Status, WorkRequest},
     port::ObjectStore,
+    recorder::Recorder,
 };
 
 /// Gives instances back what dead captures took, removes what dead uploads
@@ -71,7 +74,9 @@ async fn give_back(ports: &Ports, requests: &mut [WorkRequest]) -> Result<()> {
     let owing = requests.iter_mut().filter(|request| request.undo.is_some());
     let given = owing.map(async |request| {
         let Some(undo) = &request.undo else { return Ok(()) };
-        let message = match ports.hypervisor.undo(undo).await {
+        let recorder = Arc::new(Recorder::new());
+        recorder.note("imaged was started again");
+        let message = match ports.hypervisor.undo(undo, Arc::clone(&recorder)).await {
             Ok(()) => {
                 let message = format!("took the snapshot out of instance {:?}", undo.instance);
                 request.undo = None;
@@ -89,7 +94,9 @@ async fn give_back(ports: &Ports, requests: &mut [WorkRequest]) -> Result<()> {
         };
         tracing::warn!(work_request = %request.id, "{message}");
         request.logs.push(LogEntry { message, time: ports.clock.now() });
-        ports.journal.put(request).await
+        ports.journal.put(request).await?;
+        let before = ports.journal.trace(&request.id).await?.unwrap_or_default();
+        ports.journal.put_trace(&request.id, &before.then(recorder.trace())).await
     });
     futures_util::future::join_all(given).await.into_iter().collect()
 }

@@ -17,6 +17,7 @@ use crate::{
         work_request::{ErrorEntry, LogEntry, Phase, Progress, Status, WorkRequest},
     },
     port::{Clock, Journal},
+    recorder::Recorder,
 };
 
 /// Time over which the rate is measured: steady to look at, and soon true
@@ -27,9 +28,9 @@ const RATE_WINDOW: Duration = Duration::from_secs(5);
 /// alone changes it from outside.
 #[derive(Debug)]
 pub(super) struct Tracker {
-    state: watch::Sender<WorkRequest>,
+    teller: Teller,
     journal: Arc<dyn Journal>,
-    clock: Arc<dyn Clock>,
+    recorder: Arc<Recorder>,
     /// When each phase began.
     time_line: Vec<PhaseTime>,
     /// Bytes that were done at some moments of the last seconds.
@@ -42,13 +43,19 @@ impl Tracker {
         journal: Arc<dyn Journal>,
         clock: Arc<dyn Clock>,
     ) -> Self {
-        Self { state, journal, clock, time_line: Vec::new(), samples: VecDeque::new() }
+        Self {
+            teller: Teller { state, clock },
+            journal,
+            recorder: Arc::default(),
+            time_line: Vec::new(),
+            samples: VecDeque::new(),
+        }
     }
 
     /// Work begins.
     pub(super) async fn start(&mut self) -> Result<()> {
-        let now = self.clock.now();
-        self.state.send_modify(|request| {
+        let now = self.teller.clock.now();
+        self.teller.state.send_modify(|request| {
             request.time_started = Some(now);
             if request.status == Status::Accepted {
                 request.status = Status::InProgress;
@@ -59,9 +66,9 @@ impl Tracker {
 
     /// A phase begins.
     pub(super) async fn phase(&mut self, phase: Phase) -> Result<()> {
-        let time_started = self.clock.now();
+        let time_started = self.teller.clock.now();
         self.time_line.push(PhaseTime { phase: phase.to_string(), time_started });
-        self.state.send_modify(|request| request.phase = phase);
+        self.teller.state.send_modify(|request| request.phase = phase);
         self.samples.clear();
         self.keep().await
     }
@@ -85,7 +92,7 @@ impl Tracker {
             let bytes = done.saturating_sub(*before);
             progress.per_second = bytes.saturating_mul(1000).checked_div(millis).unwrap_or(0);
         }
-        self.state.send_if_modified(|request| {
+        self.teller.state.send_if_modified(|request| {
             let changes = request.progress != progress;
             request.progress = progress;
             changes
@@ -94,15 +101,23 @@ impl Tracker {
 
     /// Says something worth telling.
     pub(super) fn log(&self, message: String) {
-        tracing::info!(work_request = %self.state.borrow().id, "{message}");
-        let time = self.clock.now();
-        self.state.send_modify(|request| request.logs.push(LogEntry { message, time }));
+        self.teller.log(message);
+    }
+
+    /// Who says so while something else has the tracker.
+    pub(super) fn teller(&self) -> Teller {
+        self.teller.clone()
+    }
+
+    /// What is said to the instance goes there.
+    pub(super) fn recorder(&self) -> Arc<Recorder> {
+        Arc::clone(&self.recorder)
     }
 
     /// The end. A cancelled request is CANCELED; one that was stopped for
     /// another reason FAILED.
     pub(super) async fn finish(self, outcome: Result<()>) {
-        let now = self.clock.now();
+        let now = self.teller.clock.now();
         let (status, error) = match outcome {
             Ok(()) => (Status::Succeeded, None),
             Err(error) => {
@@ -112,12 +127,12 @@ impl Tracker {
                 };
                 let entry = entry(&error, now);
                 if error.kind() == ErrorKind::Internal {
-                    tracing::error!(work_request = %self.state.borrow().id, "{error:?}");
+                    tracing::error!(work_request = %self.teller.state.borrow().id, "{error:?}");
                 }
                 (status, Some(entry))
             }
         };
-        let mut ended = self.state.borrow().clone();
+        let mut ended = self.teller.state.borrow().clone();
         ended.finish(status, error, now);
         match ended.errors.last() {
             Some(error) if status == Status::Failed => tracing::warn!(
@@ -126,37 +141,67 @@ impl Tracker {
             ),
             _ => tracing::info!(work_request = %ended.id, ?status, "work request ended"),
         }
+        if let Err(error) = self.keep_trace().await {
+            tracing::error!(work_request = %ended.id, "{error:?}");
+        }
         // Durable before anyone is told.
         if let Err(error) = self.journal.put(&ended).await {
             tracing::error!(work_request = %ended.id, "{error:?}");
         }
-        self.state.send_replace(ended);
+        self.teller.state.send_replace(ended);
+    }
+
+    /// Keeps what was said to the instance so far.
+    async fn keep_trace(&self) -> Result<()> {
+        let trace = self.recorder.trace();
+        if trace.is_empty() {
+            return Ok(());
+        }
+        let id = self.teller.state.borrow().id.clone();
+        self.journal.put_trace(&id, &trace).await
     }
 
     /// What is to be done to the instance whatever happens to imaged from
-    /// here on; `None`: nothing any more.
+    /// here on; `None`: nothing any more. What was said to it is kept, too.
     ///
     /// # Errors
     ///
     /// `JOURNAL_FAILED`: it would not be known after a crash.
     pub(super) async fn owe(&self, undo: Option<Undo>) -> Result<()> {
-        self.state.send_modify(|request| request.undo = undo);
-        self.keep().await
-    }
-
-    /// The work request as it will be.
-    pub(super) fn watch(&self) -> watch::Receiver<WorkRequest> {
-        self.state.subscribe()
+        self.teller.state.send_modify(|request| request.undo = undo);
+        self.keep().await?;
+        self.keep_trace().await
     }
 
     /// What is still to be done to the instance.
     pub(super) fn owed(&self) -> Option<Undo> {
-        self.state.borrow().undo.clone()
+        self.teller.state.borrow().undo.clone()
     }
 
     async fn keep(&self) -> Result<()> {
-        let request = self.state.borrow().clone();
+        let request = self.teller.state.borrow().clone();
         self.journal.put(&request).await
+    }
+}
+
+/// Says what is worth telling in a work request.
+#[derive(Debug, Clone)]
+pub(super) struct Teller {
+    state: watch::Sender<WorkRequest>,
+    clock: Arc<dyn Clock>,
+}
+
+impl Teller {
+    /// Adds to the work request's log.
+    pub(super) fn log(&self, message: String) {
+        tracing::info!(work_request = %self.state.borrow().id, "{message}");
+        let time = self.clock.now();
+        self.state.send_modify(|request| request.logs.push(LogEntry { message, time }));
+    }
+
+    /// Bytes that are read or skipped a second now.
+    pub(super) fn per_second(&self) -> u64 {
+        self.state.borrow().progress.per_second
     }
 }
 

@@ -77,6 +77,26 @@ pub(in crate::ctl) fn image(image: &pb::Image) -> Value {
     ])
 }
 
+/// What a work request said and heard.
+pub(in crate::ctl) fn trace(trace: &pb::WorkRequestTrace) -> Value {
+    object([
+        ("dropped-entries", trace.dropped_entries.into()),
+        (
+            "entries",
+            list(&trace.entries, |entry| {
+                object([
+                    ("at-micros", entry.at_micros.into()),
+                    ("channel", words::trace_channel(entry).into()),
+                    ("data", serde_json::from_str(&entry.data_json).unwrap_or_default()),
+                    ("id", entry.id.into()),
+                    ("kind", words::trace_kind(entry).into()),
+                    ("name", text(&entry.name)),
+                ])
+            }),
+        ),
+    ])
+}
+
 fn launch_options(options: &pb::LaunchOptions) -> Value {
     object([
         ("boot-volume-type", text(&options.boot_volume_type)),

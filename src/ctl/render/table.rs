@@ -287,6 +287,39 @@ pub(in crate::ctl) fn work_request(work: &pb::WorkRequest, now: Timestamp) -> St
     card.text()
 }
 
+/// What a work request said and heard: seconds since the beginning, with
+/// whom, `>` sent, `<` answered, `!` refused, `*` event, `#` remark. Lines are
+/// cut at `width`, if there is a limit.
+pub(in crate::ctl) fn trace(trace: &pb::WorkRequestTrace, width: Option<u16>) -> String {
+    use pb::trace_entry::Kind;
+    let line = |entry: &pb::TraceEntry| {
+        let sign = match entry.kind() {
+            Kind::Unspecified => '?',
+            Kind::Command => '>',
+            Kind::Answer => '<',
+            Kind::Refusal => '!',
+            Kind::Event => '*',
+            Kind::Note => '#',
+        };
+        let (seconds, micros) = (entry.at_micros / 1_000_000, entry.at_micros % 1_000_000);
+        let channel = words::trace_channel(entry).unwrap_or(UNKNOWN).to_lowercase();
+        let text = format!(
+            "{seconds:>4}.{micros:06}  {channel:<6} {sign} {} {}",
+            entry.name, entry.data_json
+        );
+        let text = words::clean(text.trim_end()).into_owned();
+        match width {
+            Some(width) => text.chars().take(width.into()).collect(),
+            None => text,
+        }
+    };
+    let mut lines: Vec<String> = trace.entries.iter().map(line).collect();
+    if trace.dropped_entries > 0 {
+        lines.push(format!("{} entries between these were not kept", trace.dropped_entries));
+    }
+    lines.join("\n")
+}
+
 /// The host, its features and stores.
 pub(in crate::ctl) fn host(host: &pb::Host) -> String {
     let mut card = Card::default();
@@ -523,6 +556,25 @@ mod tests {
         CREATE_IMAGE  FAILED       45%   3h   4s    /dev/vg0/web-3  ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
         CREATE_IMAGE  SUCCEEDED    100%  3h   11s   /dev/vg0/web-3  ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
         ");
+    }
+
+    #[test]
+    fn a_trace_reads_as_a_time_line() {
+        use pb::trace_entry::{Channel, Kind};
+        let entry = |at_micros, channel: Channel, kind: Kind, name: &str, data: &str| {
+            let (channel, kind) = (channel.into(), kind.into());
+            let (name, data_json) = (name.into(), data.into());
+            pb::TraceEntry { at_micros, channel, kind, name, id: None, data_json }
+        };
+        let entries = vec![
+            entry(0, Channel::Imaged, Kind::Note, "connected to QEMU 7.2.22", ""),
+            entry(412, Channel::Qmp, Kind::Command, "query-status", ""),
+            entry(730, Channel::Qmp, Kind::Answer, "query-status", r#"{"running":true}"#),
+            entry(1_500_730, Channel::Agent, Kind::Refusal, "guest-exec", r#"{"class":"\u001b"}"#),
+            entry(2_000_000, Channel::Qmp, Kind::Event, "RESET", r#"{"guest":true}"#),
+        ];
+        let whole = pb::WorkRequestTrace { entries, dropped_entries: 7 };
+        insta::assert_snapshot!(trace(&whole, Some(50)), @"");
     }
 
     #[test]

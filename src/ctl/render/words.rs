@@ -98,6 +98,10 @@ api_word! {
     operation_type(pb::WorkRequest).operation_type: pb::work_request::OperationType,
     /// Of a work request's resource.
     action_type(pb::WorkRequestResource).action_type: pb::work_request_resource::ActionType,
+    /// Of an entry of a trace.
+    trace_channel(pb::TraceEntry).channel: pb::trace_entry::Channel,
+    /// Of an entry of a trace.
+    trace_kind(pb::TraceEntry).kind: pb::trace_entry::Kind,
     /// Of an image.
     image_state(pb::Image).lifecycle_state: pb::image::LifecycleState,
     /// Of an image.

@@ -192,6 +192,13 @@ impl WorkRequestService for Service {
         Ok(Response::new(samples::reading()))
     }
 
+    async fn get_work_request_trace(
+        &self,
+        _: Request<pb::GetWorkRequestTraceRequest>,
+    ) -> Answer<pb::WorkRequestTrace> {
+        Ok(Response::new(pb::WorkRequestTrace::default()))
+    }
+
     async fn list_work_requests(
         &self,
         _: Request<pb::ListWorkRequestsRequest>,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Page, Session, pages};
 use crate::{
     ctl::{
-        args::{Paging, Until, WorkRequestVerb},
+        args::{Output, Paging, Until, WorkRequestVerb},
         failure::Failure,
         progress::Progress,
         render::{json, table},
@@ -23,7 +23,19 @@ pub(super) async fn run(
         WorkRequestVerb::List { compartment_id, resource_id, paging } => {
             list(session, compartment_id, resource_id, paging).await
         }
-        WorkRequestVerb::Get { work_request_id } => {
+        WorkRequestVerb::Get { work_request_id, trace: true } => {
+            let request = pb::GetWorkRequestTraceRequest { work_request_id };
+            let trace = client.call(client.work_requests().get_work_request_trace(request)).await?;
+            if trace.entries.is_empty() && session.output == Output::Table {
+                session.console.tell("it said nothing: its volume was at rest, or not begun with");
+                return Ok(());
+            }
+            session.print(
+                || json::document(json::trace(&trace), []),
+                |_, width| table::trace(&trace, width),
+            )
+        }
+        WorkRequestVerb::Get { work_request_id, trace: false } => {
             let request = pb::GetWorkRequestRequest { work_request_id };
             let work = client.call(client.work_requests().get_work_request(request)).await?;
             print(&mut session, &work)

@@ -25,10 +25,10 @@ use crate::{
     error::{Cause, Context, Error, Reason, Result},
     hypervisor::{
         lines::{Lines, TooLong},
-        recorder::Recorder,
         refusal::seconds,
     },
     model::trace::{Channel, Kind},
+    recorder::Recorder,
 };
 
 /// What to do about an agent that does not answer.

@@ -4,9 +4,9 @@
 use serde::Serialize;
 
 use super::program::{GuestProcess, GuestProgram};
-use crate::hypervisor::{
-    allowed::Allowed,
-    recorder::{Keep, Lane},
+use crate::{
+    hypervisor::{allowed::Allowed, keep::Keep},
+    recorder::Lane,
 };
 
 /// What imaged may send, published in `docs/qemu-commands.md`.

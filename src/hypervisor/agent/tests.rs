@@ -12,8 +12,8 @@ use tokio::{
 use super::*;
 use crate::{
     error::{Error, Reason, Result},
-    hypervisor::Recorder,
     model::trace::{Kind, Trace},
+    recorder::Recorder,
 };
 
 /// The guest's side.

@@ -7,10 +7,8 @@ use tokio::time::{Instant, sleep};
 use super::{COMMAND, within};
 use crate::{
     error::{Error, Reason, Result},
-    hypervisor::{
-        Recorder,
-        agent::{Agent, FreezeStatus, GuestProcess, GuestProgram},
-    },
+    hypervisor::agent::{Agent, FreezeStatus, GuestProcess, GuestProgram},
+    recorder::Recorder,
 };
 
 /// Longest freeze of a Linux guest: what its programs bear without timeouts

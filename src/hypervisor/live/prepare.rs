@@ -20,7 +20,6 @@ use super::{
 use crate::{
     error::{Context, Error, Reason, Result},
     hypervisor::{
-        Recorder,
         agent::Agent,
         qmp::{Command, Qmp},
     },
@@ -30,6 +29,7 @@ use crate::{
         live::{Mode, Undo},
     },
     port::SnapshotOrder,
+    recorder::Recorder,
 };
 
 /// What to do where no agent can freeze the guest.

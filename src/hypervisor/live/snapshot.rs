@@ -23,20 +23,17 @@ use super::{
 use crate::{
     error::{Context, Error, Reason, Result},
     format::qcow2,
-    hypervisor::{
-        Recorder,
-        qmp::{
-            AllocationMap, Command, DeviceStatistics, Done, Events, FilePath, NodeRef, Observed,
-            Qmp, SocketPath, Switch,
-        },
+    hypervisor::qmp::{
+        AllocationMap, Command, DeviceStatistics, Done, Events, FilePath, NodeRef, Observed, Qmp,
+        SocketPath, Switch,
     },
     model::{
         ByteSize,
         image::Consistency,
         live::{LiveSource, PointInTime, Undo},
-        trace::Trace,
     },
-    port::{BoxFuture, DiskWork, LiveSnapshot, Prepared, Released, SnapshotOrder},
+    port::{BoxFuture, DiskWork, LiveSnapshot, Prepared, SnapshotOrder},
+    recorder::Recorder,
 };
 
 /// Longest copy before a guest's write. QEMU 7.2 keeps it in 32 bits of
@@ -80,10 +77,6 @@ impl Prepared for Ready {
             Ok(Box::new(taken) as Box<dyn LiveSnapshot>)
         })
     }
-
-    fn trace(&self) -> Trace {
-        self.recorder.trace()
-    }
 }
 
 impl Ready {
@@ -110,7 +103,7 @@ impl Ready {
             }
         };
         self.show().await?;
-        let Self { qmp, disk, names, undo, volume, order, recorder, .. } = self;
+        let Self { qmp, disk, names, undo, volume, order, .. } = self;
         let source = LiveSource {
             size: disk.size,
             volume,
@@ -122,7 +115,7 @@ impl Ready {
             live: names.live.to_string(),
         };
         let events = tokio::sync::Mutex::new(events);
-        Ok(Taken { qmp, events, undo, point, source, limit: order.scratch, recorder })
+        Ok(Taken { qmp, events, undo, point, source, limit: order.scratch })
     }
 
     /// What takes the guest's overwritten bytes, and the server that will
@@ -231,7 +224,6 @@ struct Taken {
     point: PointInTime,
     source: LiveSource,
     limit: ByteSize,
-    recorder: Arc<Recorder>,
 }
 
 impl LiveSnapshot for Taken {
@@ -268,14 +260,14 @@ impl LiveSnapshot for Taken {
         })
     }
 
-    fn release(self: Box<Self>) -> BoxFuture<'static, Result<Released>> {
+    fn release(self: Box<Self>) -> BoxFuture<'static, Result<ByteSize>> {
         Box::pin(async move {
             let scratch = used(&self.undo.dir).await.unwrap_or_default();
             let taken = take_out(&self.qmp, &self.undo).await;
             self.qmp.close().await;
             taken?;
             clean(&self.undo).await?;
-            Ok(Released { scratch, trace: self.recorder.trace() })
+            Ok(scratch)
         })
     }
 }

@@ -8,11 +8,11 @@ use super::{COMMAND, SCRATCH_FILE, SOCKET_FILE, freeze, names::Names, within};
 use crate::{
     error::{Context, Error, Reason, Result},
     hypervisor::{
-        Recorder,
         agent::{Agent, FreezeStatus},
         qmp::{Command, Done, ExportId, NodeName, NodeRef, Qmp, Switch},
     },
     model::live::Undo,
+    recorder::Recorder,
 };
 
 /// Between two looks whether an export has ended.

@@ -7,7 +7,7 @@ use std::num::NonZeroU32;
 use serde::Serialize;
 
 use super::names::{DevicePath, ExportId, FilePath, JobId, NodeName, NodeRef, SocketPath};
-use crate::hypervisor::recorder::{Keep, Lane};
+use crate::{hypervisor::keep::Keep, recorder::Lane};
 
 /// The commands as they are encoded: `execute` is the variant's name.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -23,7 +23,8 @@ use super::{
 };
 use crate::{
     error::{Context, Error, Reason, Result},
-    hypervisor::{Refusal, recorder::Recorder, refusal::seconds},
+    hypervisor::{Refusal, refusal::seconds},
+    recorder::Recorder,
     sys::peer,
 };
 

@@ -32,11 +32,12 @@ use super::{
 use crate::{
     hypervisor::{
         allowed::NotAllowed,
+        keep::Keep,
         lines::{Lines, TooLong},
-        recorder::{Keep, Lane, Recorder},
         refusal::Refusal,
     },
     model::trace::{Channel, Kind},
+    recorder::{Lane, Recorder},
 };
 
 /// Commands without an answer yet. A capture sends one after the other; the

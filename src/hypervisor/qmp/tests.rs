@@ -16,8 +16,9 @@ use tokio::{
 use super::*;
 use crate::{
     error::{Error, Reason},
-    hypervisor::{Recorder, Refusal},
+    hypervisor::Refusal,
     model::trace::Kind,
+    recorder::Recorder,
 };
 
 const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}}}}"#;

@@ -5,6 +5,7 @@
 //! images/<image-ocid>/
 //!     image.qcow2              the object
 //!     extents.blake3           32 bytes for each extent
+//!     trace.json               what was said to a running instance
 //!     record.json              what may change
 //!     manifest.json            appears last: the image exists
 //!     upload.json              only while someone uploads
@@ -55,6 +56,7 @@ use crate::{
 
 const OBJECT: &str = "image.qcow2";
 const EXTENTS: &str = "extents.blake3";
+const TRACE: &str = "trace.json";
 const RECORD: &str = "record.json";
 const MANIFEST: &str = "manifest.json";
 

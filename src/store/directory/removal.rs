@@ -16,7 +16,7 @@ use std::{
 use nix::errno::Errno;
 
 use super::{
-    CLAIM, EXTENTS, MANIFEST, OBJECT, RECORD, Store,
+    CLAIM, EXTENTS, MANIFEST, OBJECT, RECORD, Store, TRACE,
     claim::{Claim, Claimed, Found},
     files::{Dir, During, Removed, TEMPORARY},
 };
@@ -44,10 +44,10 @@ pub fn clear(images: &Dir, dir: &Dir, name: &str) -> Result<()> {
     if remove(MANIFEST)? == Removed::Removed {
         sync(dir)?;
     }
-    for file in [OBJECT, EXTENTS, RECORD] {
+    for file in [OBJECT, EXTENTS, TRACE, RECORD] {
         let _ = remove(file)?;
     }
-    for file in [MANIFEST, EXTENTS, RECORD] {
+    for file in [MANIFEST, EXTENTS, TRACE, RECORD] {
         let _ = remove(&format!("{file}{TEMPORARY}"))?;
     }
     sync(dir)?;

@@ -19,7 +19,7 @@ use tokio::sync::RwLock;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    CLAIM, EXTENTS, MANIFEST, MAX_MANIFEST, OBJECT, RECORD, Store,
+    CLAIM, EXTENTS, MANIFEST, MAX_MANIFEST, OBJECT, RECORD, Store, TRACE,
     claim::{Claim, Claimed},
     files::{self, Dir, During},
     object::ObjectFile,
@@ -228,7 +228,9 @@ impl Open {
         }
 
         self.object.sync().during(|| format!("cannot make {path}/{OBJECT} durable"))?;
-        for (name, bytes) in [(EXTENTS, &sealed.extent_digests), (RECORD, &record)] {
+        let trace = sealed.trace.as_ref().map(|trace| (TRACE, trace));
+        let files = [(EXTENTS, &sealed.extent_digests), (RECORD, &record)];
+        for (name, bytes) in files.into_iter().chain(trace) {
             self.dir.publish(name, bytes).during(|| format!("cannot write {path}/{name}"))?;
         }
         let context = || format!("cannot write {path}/{MANIFEST}");

@@ -117,6 +117,7 @@ pub(super) fn sealed(id: &ImageId, parts: &[Part]) -> Sealed {
             object_digest: ObjectDigest([2; 32]),
             parts,
             point_in_time: None,
+            trace_digest: None,
             time_line: Vec::new(),
             imaged_version: "0.1.0".into(),
         },
@@ -126,7 +127,7 @@ pub(super) fn sealed(id: &ImageId, parts: &[Part]) -> Sealed {
         display_name: "golden".into(),
         freeform_tags: BTreeMap::new(),
     };
-    Sealed { manifest, record, extent_digests: vec![3; 64] }
+    Sealed { manifest, record, extent_digests: vec![3; 64], trace: None }
 }
 
 /// Stores a small image.

@@ -1,5 +1,8 @@
 //! The flight recorder: what was said to a virtual machine, and heard.
 //!
+//! The work makes one for each capture, what speaks to the machine fills it,
+//! and the work keeps it.
+//!
 //! ```text
 //! lane      what                              kept
 //! commands  what changes something, notes     first and last 512
@@ -22,7 +25,7 @@ use crate::model::trace::{Channel, Dropped, Entry, Kind, Trace};
 
 /// An entry's data is cut beyond this: commands have some hundred bytes, and
 /// only lists of a host with very many disks are longer.
-const MAX_DATA: usize = 4 << 10;
+pub(crate) const MAX_DATA: usize = 4 << 10;
 
 /// Longest text of a note or name.
 const MAX_NAME: usize = 256;
@@ -39,7 +42,7 @@ pub struct Recorder {
 
 /// Which entries compete for room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Lane {
+pub(crate) enum Lane {
     Commands,
     Queries,
     Events,
@@ -103,7 +106,7 @@ impl Recorder {
     }
 
     /// Adds an entry. Secrets must have been removed from `data`.
-    pub(super) fn record(
+    pub(crate) fn record(
         &self,
         lane: Lane,
         channel: Channel,
@@ -188,42 +191,6 @@ impl Track {
     }
 }
 
-/// Which parts of a message may be recorded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Keep {
-    /// Everything: imaged made it, or it holds numbers and states only.
-    All,
-    /// The members of these names, at any depth, and what is in them.
-    Members(&'static [&'static str]),
-    /// How long it was.
-    Length,
-}
-
-impl Keep {
-    /// What may be recorded of `text`, a JSON value.
-    pub(super) fn of_text(self, text: &str) -> Value {
-        // A long answer is not parsed a second time only to be left out.
-        if self == Self::Length || text.len() > 16 * MAX_DATA {
-            return json!({ "omittedBytes": text.len() });
-        }
-        self.of(serde_json::from_str(text).unwrap_or_default())
-    }
-
-    /// What may be recorded of `value`.
-    pub(super) fn of(self, value: Value) -> Value {
-        let Self::Members(kept) = self else { return value };
-        match value {
-            Value::Object(members) => members
-                .into_iter()
-                .filter(|(name, _)| kept.contains(&name.as_str()))
-                .map(|(name, value)| (name, self.of(value)))
-                .collect(),
-            Value::Array(values) => values.into_iter().map(|value| self.of(value)).collect(),
-            other => other,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -267,16 +234,6 @@ mod tests {
         assert_eq!(trace.dropped.commands + trace.entries.len() as u64, 4000);
         let first = &trace.entries[0];
         assert_eq!(first.data, Some(json!({ "omittedBytes": 2 * MAX_DATA + 2 })));
-    }
-
-    #[test]
-    fn only_what_is_named_is_kept() {
-        let value =
-            json!([{"device": "d0", "inserted": {"node-name": "boot", "file": "https://u:p@h/"}}]);
-        let kept = Keep::Members(&["device", "inserted", "node-name"]).of(value.clone());
-        assert_eq!(kept, json!([{"device": "d0", "inserted": {"node-name": "boot"}}]));
-        assert_eq!(Keep::All.of_text("{\"a\": 1}"), json!({"a": 1}));
-        assert_eq!(Keep::Length.of_text("{\"a\": 1}"), json!({"omittedBytes": 8}));
     }
 
     #[test]
