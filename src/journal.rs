@@ -406,6 +406,7 @@ mod tests {
             requested_by: "uid 0 (root)".into(),
             retry: None,
             undo: None,
+            rehearsal: None,
         }
     }
 

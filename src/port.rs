@@ -106,6 +106,8 @@ pub struct DiskWork {
     pub operations: u64,
     /// Time in them, together.
     pub time: Duration,
+    /// Bytes written.
+    pub written: ByteSize,
 }
 
 /// How a snapshot is to be taken.
@@ -147,6 +149,12 @@ pub trait LiveSnapshot: Send + Sync + fmt::Debug {
     ///
     /// All that begin with `HYPERVISOR_`.
     fn disk_work(&self) -> BoxFuture<'_, Result<DiskWork>>;
+    /// Bytes of scratch that it takes by now.
+    ///
+    /// # Errors
+    ///
+    /// `INTERNAL` when they cannot be counted.
+    fn scratch(&self) -> BoxFuture<'_, Result<ByteSize>>;
     /// Waits until it can no longer be right: its scratch is full, or QEMU
     /// has ended.
     fn lost(&self) -> BoxFuture<'_, Error>;

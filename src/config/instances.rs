@@ -7,6 +7,7 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde::Deserialize;
@@ -19,7 +20,7 @@ use crate::{
     error::{Context, Error, Reason, Result},
     model::{
         CompartmentId, ImageId, InstanceId,
-        instance::{Instance, OperatingSystem},
+        instance::{Freeze, Instance, OperatingSystem},
     },
 };
 
@@ -55,6 +56,12 @@ struct InstanceFile {
     /// Socket of the guest agent. Default: the guest has none.
     #[serde(default, deserialize_with = "absolute_if_any")]
     agent_socket: Option<PathBuf>,
+    /// Longest freeze, 1 to 300 seconds. Default: 30, of Windows 8.
+    freeze_seconds: Option<FreezeSeconds>,
+    /// Whether the guest's agent runs a freeze hook (`qemu-ga -F`) that
+    /// freezes its applications. Default: no.
+    #[serde(default)]
+    freeze_hook: bool,
     /// OCID of the image that the instance was launched from.
     base_image_id: Option<ImageId>,
     /// OCI shape.
@@ -65,6 +72,20 @@ struct InstanceFile {
     operating_system: Option<String>,
     /// Default: `UNKNOWN`.
     operating_system_version: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(try_from = "u64")]
+struct FreezeSeconds(Duration);
+
+impl TryFrom<u64> for FreezeSeconds {
+    type Error = &'static str;
+    fn try_from(seconds: u64) -> std::result::Result<Self, Self::Error> {
+        match seconds {
+            1..=300 => Ok(Self(Duration::from_secs(seconds))),
+            _ => Err("a freeze takes 1 to 300 seconds"),
+        }
+    }
 }
 
 /// Reads every `*.toml` in `dir`. A directory that is missing has no
@@ -134,6 +155,10 @@ pub fn parse(
         boot_volume: file.boot_volume,
         qmp_socket: file.qmp_socket,
         agent_socket: file.agent_socket,
+        freeze: Freeze {
+            limit: file.freeze_seconds.map(|FreezeSeconds(limit)| limit),
+            hook: file.freeze_hook,
+        },
         base_image_id: file.base_image_id,
         shape: file.shape,
         systemd_unit: file.systemd_unit,
@@ -234,7 +259,7 @@ mod tests {
         /etc/imaged/instances.d/web-3.toml, line 1: missing key `boot_volume`
         /etc/imaged/instances.d/web-3.toml, line 2: qmp_socket: "b" is not an absolute path
         /etc/imaged/instances.d/web-3.toml, line 3: id: '/' is not among the letters, digits, '.', '-' and '_' that an identifier is made of
-        /etc/imaged/instances.d/web-3.toml, line 4: password: unknown key, expected one of `id`, `compartment`, `boot_volume`, `qmp_socket`, `agent_socket`, `base_image_id`, `shape`, `systemd_unit`, `operating_system`, `operating_system_version`
+        /etc/imaged/instances.d/web-3.toml, line 4: password: unknown key, expected one of `id`, `compartment`, `boot_volume`, `qmp_socket`, `agent_socket`, `freeze_seconds`, `freeze_hook`, `base_image_id`, `shape`, `systemd_unit`, `operating_system`, `operating_system_version`
         /etc/imaged/instances.d/web-3.toml, line 3: agent_socket: invalid type: integer `3`, expected a path
         "#);
     }

@@ -151,9 +151,17 @@ pub(super) struct ImageCreate {
     pub compression: Option<Compression>,
     /// How the point in time of a running instance is taken: inside a freeze
     /// of its filesystems by its agent, or at any moment, as after a power
-    /// failure [default: freeze].
+    /// failure [default: freeze]. With freeze-or-crash a guest that cannot be
+    /// frozen, or does not stay so, makes a crash-consistent image.
     #[arg(long, value_enum, ignore_case = true, value_name = "MODE")]
     pub consistency: Option<Consistency>,
+    /// Make no image: do to the running instance what making one does, watch
+    /// it for a minute, and tell what an image would cost.
+    #[arg(long, requires = "instance_id", conflicts_with_all = [
+        "compartment_id", "display_name", "freeform_tags", "launch_mode", "compression",
+        "on_read_error",
+    ])]
+    pub rehearse: bool,
     /// What to do when the volume cannot be read.
     #[arg(long, value_enum, value_name = "ACTION", default_value = "fail")]
     pub on_read_error: OnReadError,
@@ -354,9 +362,10 @@ api_words!(
 );
 
 api_words!(
-    #[value(rename_all = "lower")]
+    #[value(rename_all = "kebab-case")]
     Consistency -> pb::create_image_request::SnapshotMode {
     Freeze => Freeze,
+    FreezeOrCrash => FreezeOrCrash,
     Crash => Crash,
     }
 );

@@ -6,8 +6,9 @@ use std::{collections::BTreeMap, fmt, path::PathBuf, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ByteSize, CompartmentId, ImageId, InstanceId, Timestamp, instance::OperatingSystem,
-    live::PointInTime,
+    ByteSize, CompartmentId, ImageId, InstanceId, Timestamp,
+    instance::OperatingSystem,
+    live::{Expected, PointInTime},
 };
 
 /// Bytes of a volume that share one BLAKE3: the unit of reading, of the
@@ -106,6 +107,9 @@ pub struct Stored {
     /// The point in time, of an instance that ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub point_in_time: Option<PointInTime>,
+    /// What the last rehearsal of that instance had expected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expected: Option<Expected>,
     /// SHA-256 of the trace, of an instance that ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace_digest: Option<ObjectDigest>,

@@ -1,6 +1,6 @@
 //! Virtual machines of this host.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use super::{CompartmentId, ImageId, InstanceId};
 
@@ -19,6 +19,8 @@ pub struct Instance {
     pub qmp_socket: PathBuf,
     /// The guest agent's socket, where the guest has an agent.
     pub agent_socket: Option<PathBuf>,
+    /// How it is frozen.
+    pub freeze: Freeze,
     /// Image it was launched from.
     pub base_image_id: Option<ImageId>,
     /// OCI shape, e.g. `VM.Standard2.1`.
@@ -27,6 +29,16 @@ pub struct Instance {
     pub systemd_unit: Option<String>,
     /// Its operating system, as its owner says.
     pub os: OperatingSystem,
+}
+
+/// How a guest is frozen.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Freeze {
+    /// Longest freeze; none: 30 s, of Windows 8 s.
+    pub limit: Option<Duration>,
+    /// Whether its agent runs a hook that freezes the applications, too. It
+    /// cannot be asked.
+    pub hook: bool,
 }
 
 /// Name and version as OCI writes them (`Oracle Linux`, `7.2`). What nobody

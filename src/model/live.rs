@@ -12,6 +12,9 @@ use super::{ByteSize, image::Consistency};
 pub enum Mode {
     /// Inside a freeze of its filesystems, by its agent.
     Freeze,
+    /// As [`Freeze`](Self::Freeze); where no agent answers, or the freeze is
+    /// refused or does not hold, as [`Crash`](Self::Crash).
+    FreezeOrCrash,
     /// At any moment, without the guest's help: what a pulled plug leaves.
     Crash,
 }
@@ -56,6 +59,37 @@ pub struct PointInTime {
     pub fuse: bool,
     /// What of the host's disk the guest's writes took until the release.
     pub scratch: ByteSize,
+}
+
+/// What a capture is expected to cost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Expected {
+    /// As [`PointInTime::window_micros`].
+    pub window_micros: u64,
+    /// As [`PointInTime::scratch`].
+    pub scratch: ByteSize,
+    /// From the point in time to the seal.
+    pub seconds: u64,
+    /// Size of the object.
+    pub bytes: ByteSize,
+    /// Whether a capture on this host tells how fast and how dense; without
+    /// one, seconds and bytes are assumptions.
+    pub from_experience: bool,
+}
+
+/// What a rehearsal found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Rehearsal {
+    /// The point in time that it took and gave up again.
+    pub point: PointInTime,
+    /// How long the guest was watched after it.
+    pub sampled_seconds: u64,
+    /// What the guest wrote in that time.
+    pub written: ByteSize,
+    /// What a capture would cost.
+    pub expected: Expected,
 }
 
 /// Where a snapshot is read.

@@ -4,7 +4,10 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CompartmentId, Timestamp, WorkRequestId, live::Undo};
+use super::{
+    CompartmentId, Timestamp, WorkRequestId,
+    live::{Rehearsal, Undo},
+};
 
 /// A work request, as the journal keeps it and the API shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -41,6 +44,9 @@ pub struct WorkRequest {
     /// What is still to be done to its instance, also after its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub undo: Option<Undo>,
+    /// What a rehearsal found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rehearsal: Option<Rehearsal>,
 }
 
 impl WorkRequest {
@@ -71,6 +77,7 @@ impl WorkRequest {
             requested_by,
             retry,
             undo: None,
+            rehearsal: None,
         }
     }
 
@@ -112,6 +119,8 @@ pub enum Operation {
     CreateImage,
     /// Recomputes an image's digests.
     VerifyImage,
+    /// Tries what making an image of a running instance does to it.
+    RehearseImage,
 }
 
 /// OCI's status of a work request.
@@ -159,6 +168,8 @@ pub enum Phase {
     Snapshot,
     /// Reads, encodes and stores.
     Read,
+    /// Watches what a running instance writes.
+    Sample,
     /// Gives a running instance its disk back.
     Release,
     /// Makes the image exist.
@@ -176,6 +187,7 @@ impl fmt::Display for Phase {
             Self::Preflight => "preflight",
             Self::Snapshot => "snapshot",
             Self::Read => "read",
+            Self::Sample => "sample",
             Self::Release => "release",
             Self::Seal => "seal",
             Self::Verify => "verify",

@@ -14,12 +14,12 @@ use crate::{
         ImageId, Timestamp, WorkRequestId,
         image::{Compression, Consistency, Image, ImageState, LaunchMode},
         instance::{Instance, PowerState},
-        live::Mode,
+        live::{Expected, Mode, PointInTime, Rehearsal},
         trace::{Channel, Dropped, Entry, Kind, Trace},
         work_request::{Action, Operation, Status, WorkRequest},
     },
     pb,
-    work::{CreateImage, Source, VerifyImage},
+    work::{CreateImage, RehearseImage, Source, VerifyImage},
 };
 
 /// OCI's limit for display names.
@@ -125,6 +125,7 @@ fn mode(value: i32) -> Result<Mode> {
     Ok(match Pb::try_from(value) {
         Ok(Pb::Unspecified | Pb::Freeze) => Mode::Freeze,
         Ok(Pb::Crash) => Mode::Crash,
+        Ok(Pb::FreezeOrCrash) => Mode::FreezeOrCrash,
         Err(_) => {
             return Err(invalid(
                 "snapshot_mode",
@@ -178,6 +179,20 @@ pub(super) fn verify_image(
 ) -> Result<VerifyImage> {
     Ok(VerifyImage {
         image_id: image_id(&request.image_id)?,
+        retry_token: retry_token(request.retry_token)?,
+        requested_by,
+    })
+}
+
+/// What a request wants that `requested_by` sent.
+pub(super) fn rehearse_image(
+    request: pb::RehearseImageRequest,
+    requested_by: String,
+) -> Result<RehearseImage> {
+    text("instance_id", &request.instance_id, MAX_NAME)?;
+    Ok(RehearseImage {
+        instance: request.instance_id,
+        mode: mode(request.snapshot_mode)?,
         retry_token: retry_token(request.retry_token)?,
         requested_by,
     })
@@ -242,12 +257,8 @@ impl From<Image> for pb::Image {
             to.content_digest = stored.content_digest.to_string();
             to.object_digest = stored.object_digest.to_string();
             to.imaged_version = stored.imaged_version;
-            to.point_in_time = stored.point_in_time.map(|point| pb::PointInTime {
-                window_micros: point.window_micros,
-                frozen_filesystems: point.frozen,
-                fuse: point.fuse,
-                scratch_bytes: point.scratch.get(),
-            });
+            to.point_in_time = stored.point_in_time.map(Into::into);
+            to.expected = stored.expected.map(Into::into);
             to.time_line = stored
                 .time_line
                 .into_iter()
@@ -258,6 +269,43 @@ impl From<Image> for pb::Image {
                 .collect();
         }
         to
+    }
+}
+
+impl From<PointInTime> for pb::PointInTime {
+    fn from(point: PointInTime) -> Self {
+        Self {
+            window_micros: point.window_micros,
+            frozen_filesystems: point.frozen,
+            fuse: point.fuse,
+            scratch_bytes: point.scratch.get(),
+        }
+    }
+}
+
+impl From<Expected> for pb::Expected {
+    fn from(expected: Expected) -> Self {
+        let Expected { window_micros, scratch, seconds, bytes, from_experience } = expected;
+        Self {
+            window_micros,
+            scratch_bytes: scratch.get(),
+            seconds,
+            object_size_bytes: bytes.get(),
+            from_experience,
+        }
+    }
+}
+
+impl From<Rehearsal> for pb::Rehearsal {
+    fn from(rehearsal: Rehearsal) -> Self {
+        let Rehearsal { point, sampled_seconds, written, expected } = rehearsal;
+        Self {
+            point_in_time: Some(point.into()),
+            consistency: pb::Consistency::from(point.consistency).into(),
+            sampled_seconds,
+            written_bytes: written.get(),
+            expected: Some(expected.into()),
+        }
     }
 }
 
@@ -351,10 +399,12 @@ impl From<WorkRequest> for pb::WorkRequest {
         let progress = request.progress;
         Self {
             percent_complete: percent(&request),
+            rehearsal: request.rehearsal.map(Into::into),
             id: request.id.into(),
             operation_type: match request.operation {
                 Operation::CreateImage => OperationType::CreateImage,
                 Operation::VerifyImage => OperationType::VerifyImage,
+                Operation::RehearseImage => OperationType::RehearseImage,
             }
             .into(),
             status: match request.status {

@@ -40,6 +40,17 @@ impl ImageService for Images {
         }))
     }
 
+    async fn rehearse_image(
+        &self,
+        request: Request<pb::RehearseImageRequest>,
+    ) -> Result<Response<pb::WorkRequest>, Status> {
+        let peer = Peer::of(&request).map_err(status::from)?.describe().await;
+        let wanted = convert::rehearse_image(request.into_inner(), peer).map_err(status::from)?;
+        let work = self.work.clone();
+        let request = to_the_end(async move { work.rehearse_image(wanted).await }).await?;
+        Ok(Response::new(request.into()))
+    }
+
     async fn get_image(
         &self,
         request: Request<pb::GetImageRequest>,

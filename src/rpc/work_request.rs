@@ -162,6 +162,7 @@ mod tests {
             requested_by: "uid 0".into(),
             retry: None,
             undo: None,
+            rehearsal: None,
         }
     }
 

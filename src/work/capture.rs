@@ -13,7 +13,6 @@
 //! the work request, when the capture has not done it.
 
 use std::{
-    convert::Infallible,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
@@ -31,23 +30,18 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Found, Work,
-    driver::check,
-    governor::Governor,
-    tracker::{Teller, Tracker},
-    watchdog::Watchdog,
+    Work, driver::check, live::Live, preflight::Found, tracker::Tracker, watchdog::Watchdog,
 };
 use crate::{
     encode::{self, Encoded, Meter},
     error::{Context, Error, Reason, Result},
     model::{
-        ByteSize,
         image::{Format, Image, Manifest, ManifestSchema, Stored},
         instance::Instance,
-        live::{Mode, PointInTime, Undo},
+        live::Mode,
         work_request::{Phase, Progress},
     },
-    port::{HeldVolume, LiveSnapshot, Pace, Part, Prepared, Sealed, Upload},
+    port::{HeldVolume, Part, Sealed, Upload},
 };
 
 /// Pieces between the reader and the encoder. The reader's buffers are the
@@ -56,8 +50,6 @@ const PIECES: usize = 4;
 /// Parts that are stored at once: one on its way while the next is handed
 /// over.
 const PUTS: usize = 2;
-/// How often a guest's latency is looked at.
-const LOOK: Duration = Duration::from_secs(1);
 /// How often progress is shown.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -133,26 +125,6 @@ impl Capture {
         }
     }
 
-    /// Takes the point in time of a running instance.
-    async fn snapshot(
-        &mut self,
-        work: &Work,
-        prepared: Box<dyn Prepared>,
-        tracker: &mut Tracker,
-    ) -> Result<(Box<dyn HeldVolume>, Live)> {
-        let undo = prepared.undo().clone();
-        tracker.owe(Some(undo.clone())).await?;
-        tracker.phase(Phase::Snapshot).await?;
-        let snapshot = prepared.take().await?;
-        tracker.owe(Some(Undo { frozen: false, ..undo })).await?;
-        let point = *snapshot.point();
-        self.image.origin.consistency = point.consistency;
-        tracker.log(told(&point));
-        let pace = Pace::default();
-        let volume = work.0.ports.volumes.live(snapshot.source(), pace.clone()).await?;
-        Ok((volume, Live { snapshot, pace }))
-    }
-
     /// From the point in time to the seal. The store has answered by now: a
     /// guest's disk does not wait for it.
     async fn transfer(
@@ -165,8 +137,9 @@ impl Capture {
         let (volume, live) = match found {
             Found::AtRest(volume) => (volume, None),
             Found::Running(prepared) => {
-                let (volume, live) = self.snapshot(work, prepared, tracker).await?;
-                (volume, Some(live))
+                let live = Live::take(prepared, tracker).await?;
+                self.image.origin.consistency = live.snapshot.point().consistency;
+                (live.open(work).await?, Some(live))
             }
         };
         self.tell_oddities(work, &*volume, tracker);
@@ -197,13 +170,10 @@ impl Capture {
             },
         };
         let mut point_in_time = None;
-        if let Some(Live { snapshot, .. }) = live {
-            tracker.phase(Phase::Release).await?;
-            let point = *snapshot.point();
-            let scratch = snapshot.release().await?;
-            tracker.owe(None).await?;
-            tracker.log(format!("what the guest overwrote meanwhile took {scratch} of scratch"));
-            point_in_time = Some(PointInTime { scratch, ..point });
+        let mut expected = None;
+        if let Some(live) = live {
+            point_in_time = Some(live.release(tracker).await?);
+            expected = self.instance.as_ref().and_then(|instance| work.expected(instance));
         }
         check(stop)?;
 
@@ -229,6 +199,7 @@ impl Capture {
                     object_digest: encoded.object_digest,
                     parts: encoded.parts,
                     point_in_time,
+                    expected,
                     trace_digest: trace.as_deref().map(encode::object_digest),
                     time_line: tracker.time_line(),
                     imaged_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -239,52 +210,6 @@ impl Capture {
             trace,
         };
         watchdog.guard(|| self.store(), upload.seal(Arc::new(sealed))).await
-    }
-}
-
-fn told(point: &PointInTime) -> String {
-    let PointInTime { consistency, window_micros, frozen, fuse, .. } = point;
-    let window = Duration::from_micros(*window_micros);
-    match frozen {
-        0 => format!("point in time taken in {window:.1?}, {consistency} consistent"),
-        _ => format!(
-            "the guest froze {frozen} filesystems for {window:.1?}, {} fuse, {consistency} \
-             consistent",
-            if *fuse { "with a" } else { "without a" }
-        ),
-    }
-}
-
-/// A running instance while it is read.
-struct Live {
-    snapshot: Box<dyn LiveSnapshot>,
-    pace: Pace,
-}
-
-impl Live {
-    /// Reads slower when the guest's disk gets slow, for ever.
-    async fn spare_the_guest(&self, teller: &Teller) -> Infallible {
-        let mut governor = None;
-        let mut told = false;
-        let mut ticks = tokio::time::interval(LOOK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        loop {
-            ticks.tick().await;
-            // Who does not answer now is told of by who waits for its end.
-            let Ok(work) = self.snapshot.disk_work().await else { continue };
-            let before = self.pace.get();
-            let governor = governor.get_or_insert_with(|| Governor::new(work));
-            let limit = governor.decide(work, teller.per_second());
-            self.pace.set(limit);
-            // Once: it may come and go for hours.
-            if let (None, Some(limit), false) = (before, limit, told) {
-                told = true;
-                teller.log(format!(
-                    "the guest's disk got slow: reading steps back whenever it does, to {}/s now",
-                    ByteSize(limit)
-                ));
-            }
-        }
     }
 }
 

@@ -10,6 +10,7 @@ use super::{
     Inner, Work,
     capture::Capture,
     registry::{Job, Reservation},
+    rehearse::Rehearse,
     tracker::Tracker,
     verify,
     watchdog::Watchdog,
@@ -27,6 +28,8 @@ pub(super) enum Task {
     Capture(Box<Capture>),
     /// Recompute an image's digests.
     Verify(Box<Found>),
+    /// Try what an image would cost.
+    Rehearse(Box<Rehearse>),
 }
 
 /// Starts the task. It ends by itself, by the request's token, or with the
@@ -44,7 +47,7 @@ async fn drive(work: Work, job: Job, task: Task) {
     let mut tracker = Tracker::new(state.clone(), ports.journal.clone(), ports.clock.clone());
     let image = match &task {
         Task::Capture(capture) => Some(capture.image.id.clone()),
-        Task::Verify(_) => None,
+        Task::Verify(_) | Task::Rehearse(_) => None,
     };
 
     let watchdog = Watchdog::new(state.subscribe(), stop.clone(), inner.settings.progress_timeout);
@@ -58,6 +61,7 @@ async fn drive(work: Work, job: Job, task: Task) {
             Task::Verify(found) => {
                 verify::run(&work, &found, &mut tracker, &watchdog, &stop, place).await
             }
+            Task::Rehearse(rehearse) => rehearse.run(&work, &mut tracker, &stop).await,
         }
     };
     // Who dies while it undoes must find on its return that it was to.

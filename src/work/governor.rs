@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::port::DiskWork;
+use crate::{model::ByteSize, port::DiskWork};
 
 /// A guest may wait half as long again as it is used to, or this much more:
 /// what is very quick has nothing to lose.
@@ -36,6 +36,7 @@ impl Governor {
         let since = DiskWork {
             operations: work.operations.saturating_sub(self.before.operations),
             time: work.time.saturating_sub(self.before.time),
+            written: ByteSize::default(),
         };
         self.before = work;
         let tolerated = (self.usual * 3 / 2).max(self.usual + TOLERATED);
@@ -59,7 +60,7 @@ mod tests {
     use super::*;
 
     fn work(operations: u64, millis: u64) -> DiskWork {
-        DiskWork { operations, time: Duration::from_millis(millis) }
+        DiskWork { operations, time: Duration::from_millis(millis), ..DiskWork::default() }
     }
 
     #[test]

@@ -14,8 +14,11 @@ pub mod admission;
 mod capture;
 mod driver;
 mod governor;
+mod live;
+mod preflight;
 mod recover;
 mod registry;
+mod rehearse;
 mod tracker;
 mod verify;
 mod watchdog;
@@ -45,11 +48,7 @@ use crate::{
         trace::Trace,
         work_request::{Action, EntityType, Operation, Resource, Retry, WorkRequest},
     },
-    port::{
-        Clock, HeldVolume, Hypervisor, Inspector, Journal, ObjectStore, Prepared, SnapshotOrder,
-        Volumes,
-    },
-    recorder::Recorder,
+    port::{Clock, Hypervisor, Inspector, Journal, ObjectStore, Volumes},
 };
 
 /// Everything that the work needs from the world.
@@ -139,13 +138,17 @@ pub struct VerifyImage {
     pub requested_by: String,
 }
 
-/// A source that may be imaged.
-#[derive(Debug)]
-enum Found {
-    /// Nothing uses it, and nothing can while this is held.
-    AtRest(Box<dyn HeldVolume>),
-    /// Its instance runs, and a snapshot can be taken.
-    Running(Box<dyn Prepared>),
+/// An order to try what an image of a running instance would cost.
+#[derive(Debug, Clone)]
+pub struct RehearseImage {
+    /// OCID or name.
+    pub instance: String,
+    /// How the point in time is taken.
+    pub mode: Mode,
+    /// Makes asking twice asking once.
+    pub retry_token: Option<String>,
+    /// Who asks.
+    pub requested_by: String,
 }
 
 /// The work of one daemon. Clones share it.
@@ -270,7 +273,7 @@ impl Work {
     ) -> Result<Image> {
         let volume = &image.origin.source_volume;
         let found = self.preflight(instance, volume, mode, Arc::default()).await?;
-        if let Found::Running(_) = found {
+        if let preflight::Found::Running(_) = found {
             // Until the point in time was taken, no better than it may become.
             image.origin.consistency = Consistency::Crash;
         }
@@ -317,6 +320,51 @@ impl Work {
             registry::Admitted::New(request, reservation) => {
                 self.0.keep(&request).await?;
                 driver::spawn(self, reservation, driver::Task::Verify(Box::new(found)));
+                Ok(request)
+            }
+        }
+    }
+
+    /// Accepts an order to rehearse an image of a running instance.
+    ///
+    /// # Errors
+    ///
+    /// As [`create_image`](Self::create_image); `INVALID_PARAMETER` for an
+    /// instance that does not run.
+    pub async fn rehearse_image(&self, wanted: RehearseImage) -> Result<WorkRequest> {
+        let RehearseImage { instance, mode, retry_token, requested_by } = wanted;
+        let words = format!("rehearse {instance} {mode:?}");
+        let retry = retry(&retry_token, &requested_by, &words);
+        if let Some(known) = self.0.known(retry.as_ref())? {
+            return Ok(known);
+        }
+        let instance = self.instance(&instance)?.clone();
+        let related =
+            |entity_type, identifier| Resource { action: Action::Related, entity_type, identifier };
+        let resources = vec![
+            related(EntityType::Instance, instance.id.to_string()),
+            related(EntityType::Volume, instance.boot_volume.display().to_string()),
+        ];
+        let request = self.0.new_request(
+            Operation::RehearseImage,
+            instance.compartment_id.clone(),
+            resources,
+            requested_by,
+            retry,
+        );
+        let lock = admission::Lock::Source(resolve(instance.boot_volume.clone()).await);
+        match self.0.reserve(request, lock)? {
+            registry::Admitted::Known(known) => Ok(known),
+            registry::Admitted::New(request, reservation) => {
+                let volume = &instance.boot_volume;
+                let found = self.preflight(Some(&instance), volume, mode, Arc::default()).await?;
+                if let preflight::Found::AtRest(_) = found {
+                    return Err(rehearse::at_rest(&instance));
+                }
+                drop(found);
+                self.0.keep(&request).await?;
+                let rehearse = Box::new(rehearse::Rehearse { instance, mode });
+                driver::spawn(self, reservation, driver::Task::Rehearse(rehearse));
                 Ok(request)
             }
         }
@@ -461,57 +509,6 @@ impl Work {
             store: self.0.settings.default_store.clone(),
         };
         Ok((origin, instance))
-    }
-
-    /// Whether the source may be imaged now, and how; if it is at rest, holds
-    /// it.
-    async fn preflight(
-        &self,
-        instance: Option<&Instance>,
-        volume: &Path,
-        mode: Mode,
-        recorder: Arc<Recorder>,
-    ) -> Result<Found> {
-        if let Some(instance) = instance {
-            match self.power_state(instance).await {
-                PowerState::Stopped => {}
-                PowerState::Running => {
-                    let order = SnapshotOrder { mode, scratch: self.0.settings.scratch_size };
-                    let prepared =
-                        self.0.ports.hypervisor.prepare(instance, order, recorder).await?;
-                    self.check_size(prepared.size(), volume)?;
-                    return Ok(Found::Running(prepared));
-                }
-                PowerState::Unknown(why) => {
-                    let context =
-                        format!("it is unknown whether instance {:?} runs", instance.name);
-                    return Err(Error::new(Reason::InstanceRunning, context).because(why).advice(
-                        "check `qmp_socket` in the instance's file; imaged never guesses",
-                    ));
-                }
-            }
-        }
-        let held = self.0.ports.volumes.hold(volume).await;
-        let held = held.map_err(|error| match instance {
-            Some(_) if error.field_name() == Some("boot_volume") => error.field("instance_id"),
-            _ => error,
-        })?;
-        self.check_size(held.facts().size, volume)?;
-        Ok(Found::AtRest(held))
-    }
-
-    fn check_size(&self, size: ByteSize, volume: &Path) -> Result<()> {
-        let max = self.0.settings.max_volume;
-        if size > max {
-            let context = format!(
-                "{} is {size} and larger than the {max} that are allowed",
-                volume.display()
-            );
-            return Err(Error::new(Reason::VolumeTooLarge, context)
-                .advice("OCI takes images of at most 400 GB; `max_volume_size` sets the limit")
-                .field("boot_volume"));
-        }
-        Ok(())
     }
 
     /// The image that `request` made or makes, if it is still there.

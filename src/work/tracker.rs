@@ -13,7 +13,7 @@ use crate::{
     model::{
         Timestamp,
         image::PhaseTime,
-        live::Undo,
+        live::{Rehearsal, Undo},
         work_request::{ErrorEntry, LogEntry, Phase, Progress, Status, WorkRequest},
     },
     port::{Clock, Journal},
@@ -171,6 +171,11 @@ impl Tracker {
         self.teller.state.send_modify(|request| request.undo = undo);
         self.keep().await?;
         self.keep_trace().await
+    }
+
+    /// Says what a rehearsal found.
+    pub(super) fn rehearsed(&self, rehearsal: Rehearsal) {
+        self.teller.state.send_modify(|request| request.rehearsal = Some(rehearsal));
     }
 
     /// What is still to be done to the instance.

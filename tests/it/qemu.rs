@@ -14,7 +14,7 @@ use std::{
 use imaged::{
     error::Reason,
     hypervisor::{
-        Recorder, Refusal,
+        Refusal,
         agent::{Agent, FreezeStatus, GuestProgram},
         qmp::{
             AllocationMap, Command, DevicePath, Done, Event, EventKind, Events, FilePath, NodeRef,
@@ -22,6 +22,7 @@ use imaged::{
         },
     },
     model::trace::Kind,
+    recorder::Recorder,
 };
 use tokio::time::{Instant, timeout};
 

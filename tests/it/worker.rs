@@ -144,6 +144,7 @@ fn image(compression: Compression) -> Image {
             object_digest: encoded.object_digest,
             parts: encoded.parts,
             point_in_time: None,
+            expected: None,
             trace_digest: None,
             time_line: Vec::new(),
             imaged_version: String::new(),

@@ -33,6 +33,7 @@ pub(in crate::ctl) fn image(image: &pb::Image) -> Value {
         ("content-digest", text(&image.content_digest)),
         ("create-image-allowed", image.create_image_allowed.into()),
         ("display-name", text(&image.display_name)),
+        ("expected", image.expected.as_ref().map(expected).into()),
         ("format", text(&image.format)),
         ("freeform-tags", object(image.freeform_tags.iter().map(|(k, v)| (k, v.as_str().into())))),
         ("id", text(&image.id)),
@@ -44,21 +45,7 @@ pub(in crate::ctl) fn image(image: &pb::Image) -> Value {
         ("object-size-bytes", size(image.object_size_bytes)),
         ("operating-system", text(&image.operating_system)),
         ("operating-system-version", text(&image.operating_system_version)),
-        (
-            "point-in-time",
-            image
-                .point_in_time
-                .as_ref()
-                .map(|point| {
-                    object([
-                        ("frozen-filesystems", point.frozen_filesystems.into()),
-                        ("fuse", point.fuse.into()),
-                        ("scratch-bytes", point.scratch_bytes.into()),
-                        ("window-micros", point.window_micros.into()),
-                    ])
-                })
-                .into(),
-        ),
+        ("point-in-time", image.point_in_time.as_ref().map(point_in_time).into()),
         ("size-in-mbs", size(image.size_in_mbs)),
         ("source-instance-id", text(&image.source_instance_id)),
         ("source-volume", text(&image.source_volume)),
@@ -74,6 +61,35 @@ pub(in crate::ctl) fn image(image: &pb::Image) -> Value {
             }),
         ),
         ("virtual-size-bytes", size(image.virtual_size_bytes)),
+    ])
+}
+
+fn point_in_time(point: &pb::PointInTime) -> Value {
+    object([
+        ("frozen-filesystems", point.frozen_filesystems.into()),
+        ("fuse", point.fuse.into()),
+        ("scratch-bytes", point.scratch_bytes.into()),
+        ("window-micros", point.window_micros.into()),
+    ])
+}
+
+fn expected(expected: &pb::Expected) -> Value {
+    object([
+        ("from-experience", expected.from_experience.into()),
+        ("object-size-bytes", expected.object_size_bytes.into()),
+        ("scratch-bytes", expected.scratch_bytes.into()),
+        ("seconds", expected.seconds.into()),
+        ("window-micros", expected.window_micros.into()),
+    ])
+}
+
+fn rehearsal(rehearsal: &pb::Rehearsal) -> Value {
+    object([
+        ("consistency", words::rehearsed(rehearsal).into()),
+        ("expected", rehearsal.expected.as_ref().map(expected).into()),
+        ("point-in-time", rehearsal.point_in_time.as_ref().map(point_in_time).into()),
+        ("sampled-seconds", rehearsal.sampled_seconds.into()),
+        ("written-bytes", rehearsal.written_bytes.into()),
     ])
 }
 
@@ -152,6 +168,7 @@ pub(in crate::ctl) fn work_request(work: &pb::WorkRequest) -> Value {
         ("percent-complete", percent(work.percent_complete)),
         ("phase", text(&work.phase)),
         ("progress", work.progress.as_ref().map(progress).into()),
+        ("rehearsal", work.rehearsal.as_ref().map(rehearsal).into()),
         ("requested-by", text(&work.requested_by)),
         (
             "resources",

@@ -130,6 +130,7 @@ pub(in crate::ctl) fn image(image: &pb::Image, now: Timestamp) -> String {
     card.known("launch-options", image.launch_options.as_ref().map(launch_options));
     card.line("consistency", words::consistency(image).unwrap_or(UNKNOWN));
     card.known("point-in-time", image.point_in_time.as_ref().map(point_in_time));
+    card.known("expected", image.expected.as_ref().map(expected));
     card.known("source-instance-id", image.source_instance_id.clone());
     card.line("source-volume", &image.source_volume);
     card.known("base-image-id", image.base_image_id.clone());
@@ -152,6 +153,41 @@ pub(in crate::ctl) fn image(image: &pb::Image, now: Timestamp) -> String {
     );
     card.known("imaged-version", image.imaged_version.clone());
     card.text()
+}
+
+/// What a rehearsal found, and what it lets expect.
+fn rehearsal(rehearsal: &pb::Rehearsal) -> Vec<String> {
+    let point = rehearsal.point_in_time.unwrap_or_default();
+    let per_second = rehearsal.written_bytes.checked_div(rehearsal.sampled_seconds).unwrap_or(0);
+    let mut lines = vec![
+        format!(
+            "{}, {}",
+            point_in_time(&point),
+            if point.fuse { "with a fuse in the guest" } else { "without a fuse in the guest" }
+        ),
+        format!(
+            "the guest wrote {} in {} s, {}/s",
+            ByteSize(rehearsal.written_bytes),
+            rehearsal.sampled_seconds,
+            ByteSize(per_second)
+        ),
+    ];
+    if let Some(cost) = &rehearsal.expected {
+        lines.push(format!("an image is expected to cost {}", expected(cost)));
+    }
+    lines
+}
+
+/// `131ms, 12.0 MiB of scratch, 40s, 1.20 GiB stored`.
+fn expected(expected: &pb::Expected) -> String {
+    format!(
+        "{}, {} of scratch, {}, {} stored{}",
+        words::duration(Duration::from_micros(expected.window_micros)),
+        ByteSize(expected.scratch_bytes),
+        words::duration(Duration::from_secs(expected.seconds)),
+        ByteSize(expected.object_size_bytes),
+        if expected.from_experience { "" } else { " (assumed: this host has made no image yet)" }
+    )
 }
 
 /// `frozen for 104ms, 640 KiB of scratch`.
@@ -274,6 +310,7 @@ pub(in crate::ctl) fn work_request(work: &pb::WorkRequest, now: Timestamp) -> St
     card.known("time-started", work.time_started.as_ref().map(|at| time(Some(at), now)));
     card.known("time-finished", work.time_finished.as_ref().map(|at| time(Some(at), now)));
     card.known("took", words::took(work));
+    card.block("rehearsal", work.rehearsal.iter().flat_map(rehearsal));
     for error in &work.errors {
         card.line("error", &error.code);
         card.block("", error.message.lines().map(str::to_owned));

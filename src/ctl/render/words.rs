@@ -114,7 +114,16 @@ api_word! {
 
 /// `APPLICATION`, `FILESYSTEM`, `CLEAN` or `CRASH`.
 pub(in crate::ctl) fn consistency(image: &pb::Image) -> Option<&'static str> {
-    Some(match pb::Consistency::try_from(image.consistency) {
+    consistency_word(image.consistency)
+}
+
+/// The same of a rehearsal.
+pub(in crate::ctl) fn rehearsed(rehearsal: &pb::Rehearsal) -> Option<&'static str> {
+    consistency_word(rehearsal.consistency)
+}
+
+fn consistency_word(value: i32) -> Option<&'static str> {
+    Some(match pb::Consistency::try_from(value) {
         Ok(pb::Consistency::Unspecified) => return None,
         Ok(pb::Consistency::ApplicationConsistent) => "APPLICATION",
         Ok(pb::Consistency::FilesystemConsistent) => "FILESYSTEM",

@@ -161,6 +161,13 @@ impl ImageService for Service {
         Ok(Response::new(pb::DeleteImageResponse {}))
     }
 
+    async fn rehearse_image(
+        &self,
+        _: Request<pb::RehearseImageRequest>,
+    ) -> Answer<pb::WorkRequest> {
+        Ok(Response::new(samples::accepted()))
+    }
+
     async fn verify_image(&self, _: Request<pb::VerifyImageRequest>) -> Answer<pb::WorkRequest> {
         Ok(Response::new(samples::accepted()))
     }

@@ -6,7 +6,8 @@ use super::{Page, Session, pages, work_request};
 use crate::{
     ctl::{
         args::{
-            ImageCreate, ImageList, ImageVerb, ImageVerify, OnReadError, Output, Until, WaitFor,
+            Consistency, ImageCreate, ImageList, ImageVerb, ImageVerify, OnReadError, Output,
+            Until, WaitFor,
         },
         console::{Console, Stream},
         exit::Exit,
@@ -20,6 +21,7 @@ use crate::{
 
 pub(super) async fn run(mut session: Session<'_, '_>, verb: ImageVerb) -> Result<(), Failure> {
     match verb {
+        ImageVerb::Create(args) if args.rehearse => rehearse(session, *args).await,
         ImageVerb::Create(args) => create(session, *args).await,
         ImageVerb::List(args) => list(session, *args).await,
         ImageVerb::Get { image_id } => {
@@ -141,11 +143,15 @@ fn create_request(args: ImageCreate) -> Result<pb::CreateImageRequest, Failure> 
         compression: args
             .compression
             .map_or_else(Default::default, |method| pb::Compression::from(method).into()),
-        snapshot_mode: args.consistency.map_or_else(Default::default, |mode| {
-            pb::create_image_request::SnapshotMode::from(mode).into()
-        }),
+        snapshot_mode: snapshot_mode(args.consistency),
         retry_token: token(args.retry_token)?,
         source,
+    })
+}
+
+fn snapshot_mode(mode: Option<Consistency>) -> i32 {
+    mode.map_or_else(Default::default, |mode| {
+        pb::create_image_request::SnapshotMode::from(mode).into()
     })
 }
 
@@ -231,6 +237,40 @@ async fn delete(session: Session<'_, '_>, image_id: String) -> Result<(), Failur
         session.console.print(&format!("deleted {image_id}"))?;
     }
     Ok(())
+}
+
+async fn rehearse(mut session: Session<'_, '_>, args: ImageCreate) -> Result<(), Failure> {
+    let client = session.client.clone();
+    let request = pb::RehearseImageRequest {
+        // Required with --rehearse.
+        instance_id: args.instance_id.unwrap_or_default(),
+        snapshot_mode: snapshot_mode(args.consistency),
+        retry_token: token(args.retry_token)?,
+    };
+    let token = request.retry_token.clone();
+    let work = client
+        .call_twice(async || client.images().rehearse_image(request.clone()).await)
+        .await
+        .map_err(|failure| ask_again(failure, &token))?;
+    let until = WaitFor::earliest(&args.wait.wait_for_state).unwrap_or(Until::Ended);
+    if until == Until::Accepted {
+        return work_request::print(&mut session, &work);
+    }
+    session.console.tell(&format!("work request {}", work.id));
+    let limit = Some(Duration::from_secs(args.wait.max_wait_seconds));
+    let wait =
+        Wait { client: &client, work_request_id: &work.id, until, limit, first_pause: FIRST_PAUSE };
+    let ended = match wait.run(&mut Progress::on(session.console)).await {
+        Ok(ended) => ended,
+        Err(failure) => {
+            work_request::print(&mut session, &work)?;
+            return Err(failure);
+        }
+    };
+    if let Some(failure) = Failure::of_work(&ended) {
+        return Err(failure);
+    }
+    work_request::print(&mut session, &ended)
 }
 
 async fn verify(mut session: Session<'_, '_>, args: ImageVerify) -> Result<(), Failure> {

@@ -8,6 +8,7 @@ use super::{COMMAND, within};
 use crate::{
     error::{Error, Reason, Result},
     hypervisor::agent::{Agent, FreezeStatus, GuestProcess, GuestProgram},
+    model::instance::Freeze,
     recorder::Recorder,
 };
 
@@ -59,7 +60,7 @@ impl Freezer {
     ///
     /// All that begin with `GUEST_AGENT_`; `SNAPSHOT_REFUSED` for a guest
     /// that is frozen already.
-    pub async fn new(agent: Agent) -> Result<Self> {
+    pub async fn new(agent: Agent, wanted: Freeze) -> Result<Self> {
         let info = agent.info(within(COMMAND)).await?;
         for needed in ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw", "guest-fsfreeze-status"] {
             if !info.allows(needed) {
@@ -80,9 +81,9 @@ impl Freezer {
         };
         Ok(Self {
             agent,
-            deadline: if windows { WINDOWS } else { LINUX },
+            deadline: wanted.limit.unwrap_or(if windows { WINDOWS } else { LINUX }),
             fuses: !windows && info.allows("guest-exec") && info.allows("guest-exec-status"),
-            applications: windows,
+            applications: windows || wanted.hook,
         })
     }
 
@@ -91,7 +92,8 @@ impl Freezer {
     /// # Errors
     ///
     /// Of the freeze, else of `work`, else of the thaw: then the guest may
-    /// still be frozen, and its fuse is what is left.
+    /// still be frozen, and its fuse is what is left. After
+    /// [`nothing_frozen`] of the error, nothing was done.
     pub async fn during<T>(
         &self,
         recorder: &Recorder,
@@ -110,10 +112,7 @@ impl Freezer {
             Err(_) => Err(Error::new(Reason::Internal, "nothing is done without a freeze")),
         };
         // Nothing is frozen after these, and a thaw would only cost time.
-        let nothing = matches!(&frozen, Err(error) if matches!(
-            error.reason(),
-            Reason::GuestAgentRefused | Reason::GuestAgentUnavailable | Reason::GuestAgentDisabled
-        ));
+        let nothing = matches!(&frozen, Err(error) if nothing_frozen(error));
         let thawed = if nothing { Ok(0) } else { thaw(&self.agent, recorder).await };
         let window = begun.elapsed();
         if let Some(fuse) = fuse {
@@ -157,6 +156,14 @@ impl Freezer {
             recorder.note(format!("the fuse is left to burn down: {error}"));
         }
     }
+}
+
+/// Whether a freeze that ended so froze nothing.
+pub(super) fn nothing_frozen(error: &Error) -> bool {
+    matches!(
+        error.reason(),
+        Reason::GuestAgentRefused | Reason::GuestAgentUnavailable | Reason::GuestAgentDisabled
+    )
 }
 
 /// Thaws until the agent says that it has: how many filesystems.

@@ -54,11 +54,15 @@ pub async fn prepare(
     let qmp = Qmp::connect(&instance.qmp_socket, Arc::clone(&recorder), within(COMMAND)).await?;
     let disk = look(&qmp, instance).await?;
     let freezer = match (order.mode, &instance.agent_socket) {
-        (Mode::Crash, _) => None,
-        (Mode::Freeze, Some(socket)) => {
-            let connected = Agent::connect(socket, Arc::clone(&recorder), within(COMMAND)).await;
-            Some(Freezer::new(connected?).await?)
-        }
+        (Mode::Crash, _) | (Mode::FreezeOrCrash, None) => None,
+        (Mode::Freeze, Some(socket)) => Some(freezer(instance, socket, &recorder).await?),
+        (Mode::FreezeOrCrash, Some(socket)) => match freezer(instance, socket, &recorder).await {
+            Ok(freezer) => Some(freezer),
+            Err(error) => {
+                recorder.note(format!("not frozen: {error}"));
+                None
+            }
+        },
         (Mode::Freeze, None) => {
             let context = format!("nothing can freeze instance {:?}", instance.name);
             let error = Error::new(Reason::GuestAgentUnavailable, context)
@@ -81,6 +85,11 @@ pub async fn prepare(
     };
     let volume = instance.boot_volume.clone();
     Ok(Ready { qmp, freezer, disk, names, undo, owner, volume, order, recorder })
+}
+
+async fn freezer(instance: &Instance, socket: &Path, recorder: &Arc<Recorder>) -> Result<Freezer> {
+    let agent = Agent::connect(socket, Arc::clone(recorder), within(COMMAND)).await?;
+    Freezer::new(agent, instance.freeze).await
 }
 
 /// Whether this QEMU can, and nothing else is under way in it.

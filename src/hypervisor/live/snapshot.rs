@@ -15,7 +15,7 @@ use tokio::time::{Instant, sleep};
 use super::{
     COMMAND, SCRATCH_FILE, SOCKET_FILE,
     find::BootDisk,
-    freeze::{Freezer, Frozen},
+    freeze::{Freezer, Frozen, nothing_frozen},
     names::Names,
     undo::{clean, take_out},
     within,
@@ -30,7 +30,7 @@ use crate::{
     model::{
         ByteSize,
         image::Consistency,
-        live::{LiveSource, PointInTime, Undo},
+        live::{LiveSource, Mode, PointInTime, Undo},
     },
     port::{BoxFuture, DiskWork, LiveSnapshot, Prepared, SnapshotOrder},
     recorder::Recorder,
@@ -88,19 +88,18 @@ impl Ready {
         let point = match &self.freezer {
             None => {
                 switching(within(COMMAND)).await?;
-                PointInTime {
-                    consistency: Consistency::Crash,
-                    window_micros: micros(begun.elapsed()),
-                    frozen: 0,
-                    thawed: 0,
-                    fuse: false,
-                    scratch: ByteSize::default(),
+                unfrozen(begun.elapsed())
+            }
+            Some(freezer) => match freezer.during(&self.recorder, switching).await {
+                Ok(((), frozen)) => point(freezer, frozen, self.order.mode)?,
+                Err(error) if self.order.mode == Mode::FreezeOrCrash && nothing_frozen(&error) => {
+                    self.recorder.note(format!("not frozen: {error}"));
+                    let begun = Instant::now();
+                    switching(within(COMMAND)).await?;
+                    unfrozen(begun.elapsed())
                 }
-            }
-            Some(freezer) => {
-                let ((), frozen) = freezer.during(&self.recorder, switching).await?;
-                point(freezer, frozen)?
-            }
+                Err(error) => return Err(error),
+            },
         };
         self.show().await?;
         let Self { qmp, disk, names, undo, volume, order, .. } = self;
@@ -174,21 +173,36 @@ impl Ready {
     }
 }
 
+/// A point in time that no freeze protects.
+fn unfrozen(window: Duration) -> PointInTime {
+    PointInTime {
+        consistency: Consistency::Crash,
+        window_micros: micros(window),
+        frozen: 0,
+        thawed: 0,
+        fuse: false,
+        scratch: ByteSize::default(),
+    }
+}
+
 /// What the freeze was worth.
-fn point(freezer: &Freezer, frozen: Frozen) -> Result<PointInTime> {
+fn point(freezer: &Freezer, frozen: Frozen, mode: Mode) -> Result<PointInTime> {
     let Frozen { filesystems, thawed, window, fuse } = frozen;
-    if thawed < filesystems {
+    let held = thawed >= filesystems;
+    if !held && mode != Mode::FreezeOrCrash {
         let context = format!(
             "the guest did not stay frozen: it froze {filesystems} filesystems, and {thawed} of \
              them were left to thaw"
         );
         return Err(Error::new(Reason::SnapshotRefused, context).advice(
-            "find out what thawed it (its own timeout, another backup, the fuse), then ask again",
+            "find out what thawed it (its own timeout, another backup, the fuse) and ask again, or \
+             accept a crash-consistent image (freeze-or-crash)",
         ));
     }
-    let consistency = match freezer.applications {
-        true => Consistency::Application,
-        false => Consistency::Filesystem,
+    let consistency = match (held, freezer.applications) {
+        (false, _) => Consistency::Crash,
+        (true, true) => Consistency::Application,
+        (true, false) => Consistency::Filesystem,
     };
     let window_micros = micros(window);
     let scratch = ByteSize::default();
@@ -246,6 +260,15 @@ impl LiveSnapshot for Taken {
             Ok(DiskWork {
                 operations: stats.rd_operations + stats.wr_operations + stats.flush_operations,
                 time: Duration::from_nanos(nanos),
+                written: ByteSize(stats.wr_bytes),
+            })
+        })
+    }
+
+    fn scratch(&self) -> BoxFuture<'_, Result<ByteSize>> {
+        Box::pin(async move {
+            used(&self.undo.dir).await.context(Reason::Internal, || {
+                format!("the scratch file in {} cannot be measured", self.undo.dir.display())
             })
         })
     }

@@ -65,16 +65,16 @@ async fn thaw(undo: &Undo, recorder: &Arc<Recorder>) -> Result<()> {
 pub(super) async fn take_out(qmp: &Qmp, undo: &Undo) -> Result<()> {
     let names = Names::of(&undo.tag)?;
     end_exports(qmp, &names).await?;
-    // A QEMU has one server. It is ours when its socket is, and QEMU removes
-    // the socket with it.
-    let socket = undo.dir.join(SOCKET_FILE);
-    if tokio::fs::try_exists(&socket).await.unwrap_or(false) {
-        let _ = qmp.stop_nbd_server(within(COMMAND)).await?;
-    }
     let nodes = qmp.execute(Command::query_nodes(), within(COMMAND)).await?;
     let is_there = |name: &NodeName| {
         nodes.iter().any(|node| node.node_name.as_ref() == Some(&NodeRef::from(name)))
     };
+    // A QEMU has one server, and nobody tells whose it is. It is ours when our
+    // overlay is there, which comes just before it and goes after it. The
+    // socket tells nothing: anyone may have removed it.
+    if is_there(&names.overlay) {
+        let _ = qmp.stop_nbd_server(within(COMMAND)).await?;
+    }
     let remove = async |name: &NodeName| -> Result<()> {
         if is_there(name) {
             let Done {} = qmp.execute(Command::delete_node(name.clone()), within(COMMAND)).await?;

@@ -117,6 +117,7 @@ pub(super) fn sealed(id: &ImageId, parts: &[Part]) -> Sealed {
             object_digest: ObjectDigest([2; 32]),
             parts,
             point_in_time: None,
+            expected: None,
             trace_digest: None,
             time_line: Vec::new(),
             imaged_version: "0.1.0".into(),

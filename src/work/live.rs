@@ -1,0 +1,97 @@
+//! A running instance whose point in time is held.
+
+use std::{convert::Infallible, time::Duration};
+
+use tokio::time::MissedTickBehavior;
+
+use super::{
+    Work,
+    governor::Governor,
+    tracker::{Teller, Tracker},
+};
+use crate::{
+    error::Result,
+    model::{
+        ByteSize,
+        live::{PointInTime, Undo},
+        work_request::Phase,
+    },
+    port::{HeldVolume, LiveSnapshot, Pace, Prepared},
+};
+
+/// How often a guest's latency is looked at.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// A point in time that is held. Dropped without [`release`](Self::release),
+/// it is given back by who drives the work request.
+#[derive(Debug)]
+pub(super) struct Live {
+    pub snapshot: Box<dyn LiveSnapshot>,
+    pace: Pace,
+}
+
+impl Live {
+    /// Takes the point in time. What will undo it is durable before.
+    pub(super) async fn take(prepared: Box<dyn Prepared>, tracker: &mut Tracker) -> Result<Self> {
+        let undo = prepared.undo().clone();
+        tracker.owe(Some(undo.clone())).await?;
+        tracker.phase(Phase::Snapshot).await?;
+        let snapshot = prepared.take().await?;
+        tracker.owe(Some(Undo { frozen: false, ..undo })).await?;
+        tracker.log(told(snapshot.point()));
+        Ok(Self { snapshot, pace: Pace::default() })
+    }
+
+    /// The volume as it was then.
+    pub(super) async fn open(&self, work: &Work) -> Result<Box<dyn HeldVolume>> {
+        work.0.ports.volumes.live(self.snapshot.source(), self.pace.clone()).await
+    }
+
+    /// Gives the instance its disk back.
+    pub(super) async fn release(self, tracker: &mut Tracker) -> Result<PointInTime> {
+        tracker.phase(Phase::Release).await?;
+        let point = *self.snapshot.point();
+        let scratch = self.snapshot.release().await?;
+        tracker.owe(None).await?;
+        tracker.log(format!("what the guest overwrote meanwhile took {scratch} of scratch"));
+        Ok(PointInTime { scratch, ..point })
+    }
+
+    /// Reads slower when the guest's disk gets slow, for ever.
+    pub(super) async fn spare_the_guest(&self, teller: &Teller) -> Infallible {
+        let mut governor = None;
+        let mut told = false;
+        let mut ticks = tokio::time::interval(LOOK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            // Who does not answer now is told of by who waits for its end.
+            let Ok(work) = self.snapshot.disk_work().await else { continue };
+            let before = self.pace.get();
+            let governor = governor.get_or_insert_with(|| Governor::new(work));
+            let limit = governor.decide(work, teller.per_second());
+            self.pace.set(limit);
+            // Once: it may come and go for hours.
+            if let (None, Some(limit), false) = (before, limit, told) {
+                told = true;
+                teller.log(format!(
+                    "the guest's disk got slow: reading steps back whenever it does, to {}/s now",
+                    ByteSize(limit)
+                ));
+            }
+        }
+    }
+}
+
+fn told(point: &PointInTime) -> String {
+    let PointInTime { consistency, window_micros, frozen, fuse, .. } = point;
+    let window = Duration::from_micros(*window_micros);
+    match frozen {
+        0 => format!("point in time taken in {window:.1?}, {consistency} consistent"),
+        _ => format!(
+            "the guest froze {frozen} filesystems for {window:.1?}, {} fuse, {consistency} \
+             consistent",
+            if *fuse { "with a" } else { "without a" }
+        ),
+    }
+}

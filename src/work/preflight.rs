@@ -1,0 +1,77 @@
+//! Whether a source may be imaged, and how.
+
+use std::{path::Path, sync::Arc};
+
+use super::Work;
+use crate::{
+    error::{Error, Reason, Result},
+    model::{
+        ByteSize,
+        instance::{Instance, PowerState},
+        live::Mode,
+    },
+    port::{HeldVolume, Prepared, SnapshotOrder},
+    recorder::Recorder,
+};
+
+/// A source that may be imaged.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// Nothing uses it, and nothing can while this is held.
+    AtRest(Box<dyn HeldVolume>),
+    /// Its instance runs, and a snapshot can be taken.
+    Running(Box<dyn Prepared>),
+}
+
+impl Work {
+    /// Whether the source may be imaged now, and how; if it is at rest, holds
+    /// it.
+    pub(super) async fn preflight(
+        &self,
+        instance: Option<&Instance>,
+        volume: &Path,
+        mode: Mode,
+        recorder: Arc<Recorder>,
+    ) -> Result<Found> {
+        if let Some(instance) = instance {
+            match self.power_state(instance).await {
+                PowerState::Stopped => {}
+                PowerState::Running => {
+                    let order = SnapshotOrder { mode, scratch: self.0.settings.scratch_size };
+                    let prepared =
+                        self.0.ports.hypervisor.prepare(instance, order, recorder).await?;
+                    self.check_size(prepared.size(), volume)?;
+                    return Ok(Found::Running(prepared));
+                }
+                PowerState::Unknown(why) => {
+                    let context =
+                        format!("it is unknown whether instance {:?} runs", instance.name);
+                    return Err(Error::new(Reason::InstanceRunning, context).because(why).advice(
+                        "check `qmp_socket` in the instance's file; imaged never guesses",
+                    ));
+                }
+            }
+        }
+        let held = self.0.ports.volumes.hold(volume).await;
+        let held = held.map_err(|error| match instance {
+            Some(_) if error.field_name() == Some("boot_volume") => error.field("instance_id"),
+            _ => error,
+        })?;
+        self.check_size(held.facts().size, volume)?;
+        Ok(Found::AtRest(held))
+    }
+
+    fn check_size(&self, size: ByteSize, volume: &Path) -> Result<()> {
+        let max = self.0.settings.max_volume;
+        if size > max {
+            let context = format!(
+                "{} is {size} and larger than the {max} that are allowed",
+                volume.display()
+            );
+            return Err(Error::new(Reason::VolumeTooLarge, context)
+                .advice("OCI takes images of at most 400 GB; `max_volume_size` sets the limit")
+                .field("boot_volume"));
+        }
+        Ok(())
+    }
+}
