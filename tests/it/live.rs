@@ -1,7 +1,7 @@
 //! Images of a guest that goes on working.
 
 use std::{
-    fs,
+    env, fs,
     io::{BufRead, BufReader, Write},
     net::Shutdown,
     os::unix::{
@@ -20,7 +20,7 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    lab::{Config, Daemon, Guest, run, scratch, wait_for},
+    lab::{Config, Daemon, Guest, Monitor, run, scratch, wait_for},
     lifecycle::status,
 };
 
@@ -47,7 +47,7 @@ while (1) {
 }
 "#;
 
-fn start_writer(guest: &Guest) {
+pub fn start_writer(guest: &Guest) {
     guest.sh(&format!(
         "cat > /run/writer.pl <<'END'\n{WRITER}\nEND\n\
          setsid perl /run/writer.pl >/run/writer.log 2>&1 </dev/null &\n\
@@ -56,7 +56,7 @@ fn start_writer(guest: &Guest) {
     ));
 }
 
-fn config(guest: &Guest) -> Config {
+pub fn config(guest: &Guest) -> Config {
     let scratch = guest.disk().with_file_name("scratch");
     Config {
         lines: format!("scratch_size = \"1GiB\"\nscratch_dir = {scratch:?}"),
@@ -69,18 +69,18 @@ fn daemon(guest: &Guest) -> Daemon {
     Daemon::start(&config(guest))
 }
 
-fn capture(daemon: &Daemon, more: &[&str]) -> Value {
+pub fn capture(daemon: &Daemon, more: &[&str]) -> Value {
     let args = ["image", "create", "--instance-id", "web-1", "--wait-for-state", "AVAILABLE"];
     daemon.json(&[&args[..], more].concat())["data"].clone()
 }
 
-fn object(daemon: &Daemon, image: &Value) -> PathBuf {
+pub fn object(daemon: &Daemon, image: &Value) -> PathBuf {
     daemon.images().join(image["id"].as_str().unwrap()).join("image.qcow2")
 }
 
 /// The records in an image, after its journal was replayed. Its filesystem
 /// must then be clean; without `replay` it must be so at once.
-fn records(object: &Path, replay: bool) -> Vec<String> {
+pub fn records(object: &Path, replay: bool) -> Vec<String> {
     let dir = tempfile::tempdir_in(scratch()).unwrap();
     let disk = dir.path().join("disk.raw").display().to_string();
     run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", object.to_str().unwrap(), &disk]);
@@ -97,7 +97,7 @@ fn records(object: &Path, replay: bool) -> Vec<String> {
     run("debugfs", &["-R", "cat /records", &root]).lines().map(str::to_owned).collect()
 }
 
-fn assert_prefix(records: &[String]) {
+pub fn assert_prefix(records: &[String]) {
     assert!(!records.is_empty());
     for (number, record) in records.iter().enumerate() {
         let text = format!("{number:010}");
@@ -105,6 +105,11 @@ fn assert_prefix(records: &[String]) {
         let sum = sum * 2_654_435_761 % 4_294_967_296;
         assert_eq!(*record, format!("{text} {sum}"));
     }
+}
+
+/// Of each mode; `make soak` takes more.
+fn captures() -> u32 {
+    env::var("IMAGED_TEST_CAPTURES").map_or(3, |count| count.parse().unwrap())
 }
 
 #[test]
@@ -115,7 +120,7 @@ fn qemu_guest_is_imaged_while_it_writes() {
     let daemon = daemon(&guest);
     let mut before = 0;
     for (mode, consistency) in [("freeze", "FILESYSTEM"), ("crash", "CRASH")] {
-        for _ in 0..3 {
+        for _ in 0..captures() {
             let image = capture(&daemon, &["--consistency", mode]);
             assert_eq!(image["consistency"], consistency);
             let point = &image["point-in-time"];
@@ -127,6 +132,7 @@ fn qemu_guest_is_imaged_while_it_writes() {
             assert_prefix(&records);
             assert!(records.len() > before, "the guest wrote nothing");
             before = records.len();
+            assert_sealed_trace(&daemon, &image, mode);
             let id = image["id"].as_str().unwrap();
             assert!(
                 daemon.imagectl(&["image", "delete", "--force", "--image-id", id]).status.success()
@@ -138,10 +144,41 @@ fn qemu_guest_is_imaged_while_it_writes() {
     assert_nothing_left(&guest);
 }
 
+/// What was said to the guest is told by the work request, and lies beside
+/// the image with the digest that its manifest has.
+fn assert_sealed_trace(daemon: &Daemon, image: &Value, mode: &str) {
+    let dir = object(daemon, image).with_file_name("");
+    let sealed = fs::read(dir.join("trace.json")).unwrap();
+    let manifest: Value =
+        serde_json::from_slice(&fs::read(dir.join("manifest.json")).unwrap()).unwrap();
+    let digest = run("sha256sum", &[dir.join("trace.json").to_str().unwrap()]);
+    assert_eq!(digest.split(' ').next(), manifest["traceDigest"].as_str());
+
+    let requests =
+        daemon.json(&["work-request", "list", "--resource-id", image["id"].as_str().unwrap()]);
+    let id = requests["data"][0]["id"].as_str().unwrap();
+    let told = daemon.json(&["work-request", "get", "--trace", "--work-request-id", id]);
+    let told = told["data"]["entries"].as_array().unwrap().clone();
+    let commands = told.iter().filter(|entry| entry["kind"] == "COMMAND");
+    let commands: Vec<_> = commands.map(|entry| entry["name"].as_str().unwrap()).collect();
+    let at = |name: &str| commands.iter().position(|command| *command == name);
+    assert!(at("nbd-server-start") < at("qom-set") && at("qom-set") < at("block-export-add"));
+    match mode {
+        "freeze" => {
+            assert!(at("guest-fsfreeze-freeze") < at("qom-set"));
+            assert!(at("qom-set") < at("guest-fsfreeze-thaw"));
+        }
+        _ => assert_eq!(at("guest-fsfreeze-freeze"), None),
+    }
+    let sealed: Value = serde_json::from_slice(&sealed).unwrap();
+    let sealed = sealed["entries"].as_array().unwrap();
+    assert!(sealed.len() > 30 && sealed.len() <= told.len(), "{} of {}", sealed.len(), told.len());
+}
+
 /// Neither in QEMU nor in the scratch directory.
-fn assert_nothing_left(guest: &Guest) {
+pub fn assert_nothing_left(guest: &Guest) {
     let scratch = guest.disk().with_file_name("scratch");
-    assert_eq!(fs::read_dir(scratch).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(scratch).map_or(0, Iterator::count), 0);
     let nodes = guest.qmp("query-named-block-nodes");
     assert!(!nodes.contains("imaged-"), "{nodes}");
     assert_eq!(guest.qmp("query-block-exports"), "[]");
@@ -150,14 +187,14 @@ fn assert_nothing_left(guest: &Guest) {
 }
 
 /// Waits until the guest has written more records.
-fn assert_it_writes(guest: &Guest) {
+pub fn assert_it_writes(guest: &Guest) {
     let count = || guest.sh("wc -l < /records").trim().parse::<u64>().unwrap();
     let before = count();
     wait_for("the guest to write", Duration::from_secs(10), || (count() > before).then_some(()));
 }
 
 /// Asks for an image and returns the work request once it reads.
-fn reading(daemon: &Daemon, more: &[&str]) -> String {
+pub fn reading(daemon: &Daemon, more: &[&str]) -> String {
     let args = ["image", "create", "--instance-id", "web-1"];
     let started = daemon.json(&[&args[..], more].concat());
     let request = started["opc-work-request-id"].as_str().unwrap().to_owned();
@@ -270,14 +307,32 @@ fn qemu_guest_without_an_agent_is_refused_and_not_downgraded() {
 
 /// Between imaged and a guest's agent: passes everything on but lines with a
 /// word that it was told to lose.
-struct Proxy {
+pub struct Proxy {
     socket: PathBuf,
     lose: Arc<Mutex<Option<&'static str>>>,
     lost: Arc<AtomicBool>,
 }
 
+/// What a proxy does to a line that it was told of.
+#[derive(Clone, Copy)]
+enum Deed {
+    Lose,
+    HoldBack(Duration),
+}
+
 impl Proxy {
-    fn new(guest: &Guest, lose: &'static str) -> Self {
+    /// Loses lines with this word.
+    pub fn losing(guest: &Guest, word: &'static str) -> Self {
+        Self::new(guest, word, Deed::Lose)
+    }
+
+    /// Passes the first line with this word on when `time` is over, and is
+    /// honest from then on.
+    pub fn holding_back(guest: &Guest, word: &'static str, time: Duration) -> Self {
+        Self::new(guest, word, Deed::HoldBack(time))
+    }
+
+    fn new(guest: &Guest, lose: &'static str, deed: Deed) -> Self {
         let socket = guest.disk().with_file_name("proxy.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         let lose = Arc::new(Mutex::new(Some(lose)));
@@ -296,10 +351,18 @@ impl Proxy {
                         while lines.read_until(b'\n', &mut line).is_ok_and(|count| count > 0) {
                             let word = *losing.lock().unwrap();
                             let text = String::from_utf8_lossy(&line);
-                            match word.is_some_and(|word| text.contains(word)) {
-                                true => seen.store(true, Ordering::SeqCst),
-                                false if to.write_all(&line).is_err() => break,
-                                false => {}
+                            if word.is_some_and(|word| text.contains(word)) {
+                                seen.store(true, Ordering::SeqCst);
+                                match deed {
+                                    Deed::Lose => line.clear(),
+                                    Deed::HoldBack(time) => {
+                                        *losing.lock().unwrap() = None;
+                                        thread::sleep(time);
+                                    }
+                                }
+                            }
+                            if to.write_all(&line).is_err() {
+                                break;
                             }
                             line.clear();
                         }
@@ -315,7 +378,7 @@ impl Proxy {
         Self { socket, lose, lost }
     }
 
-    fn config(&self, guest: &Guest) -> Config {
+    pub fn config(&self, guest: &Guest) -> Config {
         let mut config = config(guest);
         let (real, proxy) = (guest.agent_socket(), &self.socket);
         config.instances[0].1 =
@@ -323,7 +386,7 @@ impl Proxy {
         config
     }
 
-    fn wait_until_lost(&self) {
+    pub fn wait_until_lost(&self) {
         wait_for("the proxy to lose a line", Duration::from_secs(30), || {
             self.lost.load(Ordering::SeqCst).then_some(())
         });
@@ -336,8 +399,8 @@ impl Proxy {
 
 /// Writes that the guest's disk has seen, asked past the agent, which runs
 /// nothing while it thinks that the guest is frozen.
-fn writes(guest: &Guest) -> u64 {
-    let statistics: Value = serde_json::from_str(&guest.qmp("query-blockstats")).unwrap();
+pub fn writes(guest: &Guest) -> u64 {
+    let statistics = Monitor::of(guest).execute("query-blockstats");
     let disks = statistics.as_array().unwrap().iter();
     disks.map(|disk| disk["stats"]["wr_operations"].as_u64().unwrap()).sum()
 }
@@ -347,7 +410,7 @@ fn writes(guest: &Guest) -> u64 {
 fn qemu_guest_that_a_dead_daemon_left_frozen_thaws_by_its_fuse() {
     let guest = Guest::boot();
     start_writer(&guest);
-    let proxy = Proxy::new(&guest, "\"execute\":\"guest-fsfreeze-thaw\"");
+    let proxy = Proxy::losing(&guest, "\"execute\":\"guest-fsfreeze-thaw\"");
     let running = Daemon::start(&proxy.config(&guest));
     let started = running.json(&["image", "create", "--instance-id", "web-1"]);
     let request = started["opc-work-request-id"].as_str().unwrap().to_owned();
@@ -375,7 +438,7 @@ fn qemu_guest_whose_freeze_is_not_answered_is_thawed() {
     let guest = Guest::boot();
     start_writer(&guest);
     // The answer to a freeze, or to a thaw: how many there were.
-    let proxy = Proxy::new(&guest, "{\"return\": 1}");
+    let proxy = Proxy::losing(&guest, "{\"return\": 1}");
     let running = Daemon::start(&proxy.config(&guest));
     let started = running.json(&["image", "create", "--instance-id", "web-1"]);
     let request = started["opc-work-request-id"].as_str().unwrap().to_owned();
@@ -415,4 +478,33 @@ fn qemu_guest_whose_disk_somebody_else_writes_to_is_refused() {
     assert_nothing_left(&guest);
     drop(other);
     capture(&daemon, &[]);
+}
+
+#[test]
+#[ignore = "needs root, QEMU and two minutes"]
+fn qemu_guest_is_rehearsed_and_its_image_tells_what_was_expected() {
+    let guest = Guest::boot();
+    start_writer(&guest);
+    let daemon = daemon(&guest);
+    let rehearse = ["image", "create", "--rehearse", "--instance-id", "web-1"];
+    let work = daemon.json(&rehearse)["data"].clone();
+    assert_nothing_left(&guest);
+    let found = &work["rehearsal"];
+    assert_eq!(found["consistency"], "FILESYSTEM");
+    assert_eq!(found["sampled-seconds"], 60);
+    let number = |value: &Value| value.as_u64().unwrap();
+    assert!(number(&found["written-bytes"]) > 0, "{found}");
+    assert!(number(&found["point-in-time"]["scratch-bytes"]) > 0, "{found}");
+    assert_eq!(found["expected"]["from-experience"], false);
+    let data = number(&found["expected"]["object-size-bytes"]);
+    assert!((200 << 20..4 << 30).contains(&data), "{found}");
+    assert_eq!(daemon.json(&["image", "list"])["data"], serde_json::json!([]));
+
+    let image = capture(&daemon, &[]);
+    assert_eq!(image["expected"], found["expected"]);
+    assert_eq!(guest.sh("cat /run/writer.log"), "", "the guest saw an error");
+
+    guest.vm("shutdown", &[]);
+    let said = daemon.refusal(&rehearse);
+    assert!(said.contains("does not run: there is nothing to rehearse"), "{said}");
 }

@@ -13,6 +13,8 @@ mod lab;
 mod image;
 mod lifecycle;
 mod live;
+mod live_bits;
+mod live_faults;
 mod qemu;
 mod service;
 mod sources;

@@ -4,13 +4,15 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Write},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Runs a program to its end and returns what it printed.
 ///
@@ -240,13 +242,21 @@ pub struct Guest {
 impl Guest {
     /// Boots it from a disk in `format`, until its agent answers.
     pub fn boot_on(format: &str) -> Self {
+        Self::boot_with(format, &[])
+    }
+
+    /// The same, with more arguments for QEMU.
+    pub fn boot_with(format: &str, more: &[&str]) -> Self {
         // Not in `scratch()`: its path is too long for a socket.
         let guest = Self { dir: tempfile::tempdir().unwrap() };
         let original = PathBuf::from(run("tests/lab/guest.sh", &[])).join("disk.raw");
         let (original, disk) = (original.display().to_string(), guest.disk());
         let disk = disk.to_str().unwrap();
         run("qemu-img", &["convert", "-f", "raw", "-O", format, &original, disk]);
-        guest.vm("start", &["--disk", disk, "--format", format]);
+        let monitor = guest.dir.path().join("monitor.sock");
+        let monitor = format!("unix:{},server=on,wait=off", monitor.display());
+        let start = ["--disk", disk, "--format", format, "--", "-qmp", &monitor];
+        guest.vm("start", &[&start[..], more].concat());
         guest.vm("wait-agent", &[]);
         guest
     }
@@ -300,6 +310,51 @@ impl Guest {
     }
 }
 
+/// QEMU's second monitor: imaged has the other one while it works.
+pub struct Monitor {
+    stream: BufReader<UnixStream>,
+}
+
+impl Monitor {
+    /// Connects to `guest`'s.
+    pub fn of(guest: &Guest) -> Self {
+        let stream = UnixStream::connect(guest.dir.path().join("monitor.sock")).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let mut monitor = Self { stream: BufReader::new(stream) };
+        monitor.line();
+        monitor.execute("qmp_capabilities");
+        monitor
+    }
+
+    /// Does something without arguments.
+    pub fn execute(&mut self, command: &str) -> Value {
+        self.execute_with(command, &json!({}))
+    }
+
+    /// Does something.
+    ///
+    /// # Panics
+    ///
+    /// When QEMU refuses.
+    pub fn execute_with(&mut self, command: &str, arguments: &Value) -> Value {
+        let message = json!({ "execute": command, "arguments": arguments });
+        writeln!(self.stream.get_mut(), "{message}").unwrap();
+        loop {
+            let answer = self.line();
+            assert!(answer["error"].is_null(), "{command}: {answer}");
+            if answer.get("return").is_some() {
+                return answer["return"].clone();
+            }
+        }
+    }
+
+    fn line(&mut self) -> Value {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+}
+
 impl Drop for Guest {
     fn drop(&mut self) {
         // By its own pid file.
@@ -342,11 +397,16 @@ pub struct Stuck {
 impl Stuck {
     /// What `pid` and its threads read of `device` from here on.
     pub fn reads(pid: u32, device: &Path) -> Self {
+        Self::reads_at(pid, device, 1)
+    }
+
+    /// The same, at `bytes` a second.
+    pub fn reads_at(pid: u32, device: &Path, bytes: u64) -> Self {
         let group = PathBuf::from(format!("/sys/fs/cgroup/blkio/imaged-test-{pid}"));
         fs::create_dir(&group).unwrap();
         let number = run("stat", &["-c", "%Hr:%Lr", device.to_str().unwrap()]);
         let stuck = Self { group, number };
-        stuck.limit(1);
+        stuck.limit(bytes);
         fs::write(stuck.group.join("cgroup.procs"), pid.to_string()).unwrap();
         stuck
     }

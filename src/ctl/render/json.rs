@@ -278,6 +278,7 @@ mod tests {
             "content-digest": "1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f1f",
             "create-image-allowed": true,
             "display-name": "golden",
+            "expected": null,
             "format": "QCOW2",
             "freeform-tags": {
               "env": "prod",
@@ -378,6 +379,7 @@ mod tests {
               "bytes-total": 4294967296,
               "eta-seconds": 3
             },
+            "rehearsal": null,
             "requested-by": "uid 1000 (alice)",
             "resources": [
               {

@@ -596,6 +596,31 @@ mod tests {
     }
 
     #[test]
+    fn a_rehearsal_is_told_in_three_lines() {
+        let point = pb::PointInTime {
+            window_micros: 131_400,
+            frozen_filesystems: 2,
+            fuse: true,
+            scratch_bytes: 5 << 20,
+        };
+        let cost = pb::Expected {
+            window_micros: 131_400,
+            scratch_bytes: 12 << 20,
+            seconds: 70,
+            object_size_bytes: 1 << 30,
+            from_experience: false,
+        };
+        let rehearsed = pb::Rehearsal {
+            point_in_time: Some(point),
+            consistency: pb::Consistency::FilesystemConsistent.into(),
+            sampled_seconds: 60,
+            written_bytes: 600 << 20,
+            expected: Some(cost),
+        };
+        insta::assert_snapshot!(rehearsal(&rehearsed).join("\n"), @"");
+    }
+
+    #[test]
     fn a_trace_reads_as_a_time_line() {
         use pb::trace_entry::{Channel, Kind};
         let entry = |at_micros, channel: Channel, kind: Kind, name: &str, data: &str| {
@@ -611,7 +636,14 @@ mod tests {
             entry(2_000_000, Channel::Qmp, Kind::Event, "RESET", r#"{"guest":true}"#),
         ];
         let whole = pb::WorkRequestTrace { entries, dropped_entries: 7 };
-        insta::assert_snapshot!(trace(&whole, Some(50)), @"");
+        insta::assert_snapshot!(trace(&whole, Some(50)), @r#"
+           0.000000  imaged # connected to QEMU 7.2.22
+           0.000412  qmp    > query-status
+           0.000730  qmp    < query-status {"running":true
+           1.500730  agent  ! guest-exec {"class":"\u001b"
+           2.000000  qmp    * RESET {"guest":true}
+        7 entries between these were not kept
+        "#);
     }
 
     #[test]

@@ -26,6 +26,7 @@
 
 mod find;
 mod freeze;
+mod iothread;
 mod names;
 mod prepare;
 mod snapshot;

@@ -13,6 +13,7 @@ use super::{
     COMMAND,
     find::{BootDisk, boot_disk},
     freeze::Freezer,
+    iothread,
     names::Names,
     snapshot::Ready,
     within,
@@ -137,6 +138,7 @@ async fn look(qmp: &Qmp, instance: &Instance) -> Result<BootDisk> {
         ))
         .advice("attach it as scsi-hd or virtio-blk, or shut the instance down"));
     }
+    iothread::check(qmp, instance, &disk.device).await?;
     Ok(disk)
 }
 

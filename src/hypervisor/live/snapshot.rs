@@ -1,7 +1,8 @@
 //! Takes a snapshot and holds it.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     num::NonZeroU32,
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
@@ -10,7 +11,7 @@ use std::{
 };
 
 use nix::unistd::{Gid, Uid};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{
     COMMAND, SCRATCH_FILE, SOCKET_FILE,
@@ -43,6 +44,10 @@ const COPY_SECONDS: u32 = 4;
 /// How often the scratch is measured. QEMU alone keeps the bound; this tells
 /// of a full one before the next read does.
 const LOOK: Duration = Duration::from_millis(200);
+
+/// Longest wait for the scratch's disk at the end: the guest has its own back
+/// by then.
+const SYNC: Duration = Duration::from_secs(300);
 
 /// With so little left, QEMU may have found no room: it needs a cluster and
 /// its tables at once.
@@ -82,7 +87,7 @@ impl Prepared for Ready {
 impl Ready {
     async fn taken(self) -> Result<Taken> {
         let events = self.qmp.events();
-        self.add_scratch().await?;
+        let scratch = self.add_scratch().await?;
         let switching = async |deadline| self.switch(deadline).await;
         let begun = Instant::now();
         let point = match &self.freezer {
@@ -114,17 +119,18 @@ impl Ready {
             live: names.live.to_string(),
         };
         let events = tokio::sync::Mutex::new(events);
-        Ok(Taken { qmp, events, undo, point, source, limit: order.scratch })
+        Ok(Taken { qmp, events, undo, point, source, limit: order.scratch, scratch })
     }
 
     /// What takes the guest's overwritten bytes, and the server that will
     /// show them. The guest notices nothing.
-    async fn add_scratch(&self) -> Result<()> {
+    async fn add_scratch(&self) -> Result<File> {
         let (dir, size, owner) = (self.undo.dir.clone(), self.disk.size.get(), self.owner);
         // Whole sectors, as QEMU counts.
         let limit = self.order.scratch.get() / 512 * 512;
         let made = tokio::task::spawn_blocking(move || make_scratch(&dir, size, limit, owner));
-        made.await.map_err(io::Error::other).flatten().context(Reason::Internal, || {
+        let made = made.await.map_err(io::Error::other).flatten();
+        let made = made.context(Reason::Internal, || {
             format!("no scratch file can be made in {}", self.undo.dir.display())
         })?;
         let odd = || format!("QEMU cannot be told of {}", self.undo.dir.display());
@@ -136,7 +142,8 @@ impl Ready {
         self.execute(Command::add_scratch(scratch.clone(), file)).await?;
         self.execute(Command::add_bound(bound.clone(), scratch, limit)).await?;
         self.execute(Command::add_overlay(overlay, bound, None)).await?;
-        self.execute(Command::start_nbd_server(socket)).await
+        self.execute(Command::start_nbd_server(socket)).await?;
+        Ok(made)
     }
 
     /// The point in time.
@@ -214,8 +221,9 @@ fn micros(time: Duration) -> u64 {
 }
 
 /// An empty image that only QEMU's user may open, in a sparse file that is as
-/// long as it may ever be.
-fn make_scratch(dir: &Path, size: u64, limit: u64, owner: Option<(Uid, Gid)>) -> io::Result<()> {
+/// long as it may ever be. The answer learns of every failure to keep it
+/// ([`kept`]).
+fn make_scratch(dir: &Path, size: u64, limit: u64, owner: Option<(Uid, Gid)>) -> io::Result<File> {
     fs::DirBuilder::new().mode(0o700).create(dir)?;
     let path = dir.join(SCRATCH_FILE);
     let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
@@ -226,7 +234,7 @@ fn make_scratch(dir: &Path, size: u64, limit: u64, owner: Option<(Uid, Gid)>) ->
             nix::unistd::chown(path, Some(user), Some(group))?;
         }
     }
-    Ok(())
+    Ok(file)
 }
 
 /// A snapshot that is held.
@@ -238,6 +246,7 @@ struct Taken {
     point: PointInTime,
     source: LiveSource,
     limit: ByteSize,
+    scratch: File,
 }
 
 impl LiveSnapshot for Taken {
@@ -289,7 +298,9 @@ impl LiveSnapshot for Taken {
             let taken = take_out(&self.qmp, &self.undo).await;
             self.qmp.close().await;
             taken?;
+            let kept = kept(self.scratch).await;
             clean(&self.undo).await?;
+            kept?;
             Ok(scratch)
         })
     }
@@ -320,6 +331,21 @@ async fn ended(events: &mut Events) -> Error {
             return error;
         }
     }
+}
+
+/// Whether the disk kept all that was written to the scratch file.
+///
+/// QEMU writes through the page cache, because the guest's write waits for
+/// it. A disk that fails tells of it later, when the pages are written; what
+/// was then read again from the disk may have been anything. The kernel tells
+/// every descriptor that was open by then (`errseq_t`, fsync(2)).
+async fn kept(scratch: File) -> Result<()> {
+    let lost = || "the disk of the scratch area did not keep what the guest had overwritten";
+    let synced = tokio::task::spawn_blocking(move || scratch.sync_data());
+    let synced = timeout(SYNC, synced).await.map_err(io::Error::from);
+    let synced = synced.and_then(|synced| synced.map_err(io::Error::other)).flatten();
+    let told = synced.context(Reason::SnapshotBroken, lost);
+    told.map_err(|error| error.advice("look into the kernel's log (dmesg), or set `scratch_dir`"))
 }
 
 /// Bytes of the host's disk that the scratch takes.

@@ -119,6 +119,13 @@ pub struct Counters {
     pub failed_wr_operations: u64,
 }
 
+/// A thread of QEMU that serves disks.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct IoThread {
+    /// Its id.
+    pub id: String,
+}
+
 /// A job.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Job {

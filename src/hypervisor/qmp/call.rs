@@ -26,6 +26,7 @@ pub(super) enum Call {
         query_nodes: bool,
     },
     QueryJobs,
+    QueryIothreads,
     QueryBlockExports,
     BlockdevAdd(NewNode),
     BlockdevDel {
@@ -120,6 +121,9 @@ pub(super) enum OnError {
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Question {
     Type,
+    Iothread,
+    #[serde(rename = "parent_bus")]
+    ParentBus,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -186,6 +190,7 @@ impl Call {
             Self::QueryNamedBlockNodes { .. } => "query-named-block-nodes",
             Self::QueryBlockstats { .. } => "query-blockstats",
             Self::QueryJobs => "query-jobs",
+            Self::QueryIothreads => "query-iothreads",
             Self::QueryBlockExports => "query-block-exports",
             Self::BlockdevAdd(_) => "blockdev-add",
             Self::BlockdevDel { .. } => "blockdev-del",
@@ -213,6 +218,7 @@ impl Call {
             Self::QueryNamedBlockNodes { .. } => "list the block nodes".into(),
             Self::QueryBlockstats { .. } => "tell the disks' statistics".into(),
             Self::QueryJobs => "list the jobs".into(),
+            Self::QueryIothreads => "list its I/O threads".into(),
             Self::QueryBlockExports => "list the exports".into(),
             Self::BlockdevAdd(node) => match node {
                 NewNode::File { node_name, filename, .. } => {
@@ -230,7 +236,15 @@ impl Call {
                 }
             },
             Self::BlockdevDel { node_name } => format!("remove the node {node_name}"),
-            Self::QomGet { path, .. } => format!("say what kind of device {path} is"),
+            Self::QomGet { path, property: Question::Type } => {
+                format!("say what kind of device {path} is")
+            }
+            Self::QomGet { path, property: Question::Iothread } => {
+                format!("say which thread serves the device {path}")
+            }
+            Self::QomGet { path, property: Question::ParentBus } => {
+                format!("say what the device {path} is attached to")
+            }
             Self::QomSet { path, value, .. } => format!("give the device {path} the node {value}"),
             Self::NbdServerStart { addr: Address::Unix { path }, .. } => {
                 format!("serve NBD on {path}")

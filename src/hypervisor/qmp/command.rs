@@ -3,7 +3,9 @@
 use std::{marker::PhantomData, num::NonZeroU32};
 
 use super::{
-    answer::{BlockDevice, BlockExport, BlockNode, DeviceStatistics, Done, Job, Schema, Status},
+    answer::{
+        BlockDevice, BlockExport, BlockNode, DeviceStatistics, Done, IoThread, Job, Schema, Status,
+    },
     call::{
         Action, Address, Backup, Cache, Call, Discard, ExportEnd, NewExport, NewNode, OnError,
         Property, Question, Sync,
@@ -28,6 +30,10 @@ pub const ALLOWED: &[Allowed] = &[
     Allowed { name: "query-blockstats", why: "which node a device uses" },
     Allowed { name: "query-jobs", why: "progress and errors of the backup job" },
     Allowed {
+        name: "query-iothreads",
+        why: "whether a thread of its own may serve the disk, which some QEMUs do not survive",
+    },
+    Allowed {
         name: "query-block-exports",
         why: "the exports, to find what an imaged that died has left",
     },
@@ -38,7 +44,7 @@ pub const ALLOWED: &[Allowed] = &[
     Allowed { name: "blockdev-del", why: "removes nodes named `imaged-…`, no others" },
     Allowed {
         name: "qom-get",
-        why: "the property `type` of a disk, nothing else: some write past QEMU's filters",
+        why: "the properties `type`, `iothread` and `parent_bus` of a disk, nothing else: some write past QEMU's filters, some are served by a thread of their own",
     },
     Allowed {
         name: "qom-set",
@@ -130,6 +136,19 @@ impl Command<String> {
     pub fn device_type(path: DevicePath) -> Self {
         Call::QomGet { path, property: Question::Type }.into()
     }
+
+    /// The I/O thread that serves a device; empty: none. A device that cannot
+    /// have one refuses.
+    #[must_use]
+    pub fn device_iothread(path: DevicePath) -> Self {
+        Call::QomGet { path, property: Question::Iothread }.into()
+    }
+
+    /// Path of the bus that a device is attached to.
+    #[must_use]
+    pub fn device_bus(path: DevicePath) -> Self {
+        Call::QomGet { path, property: Question::ParentBus }.into()
+    }
 }
 
 impl Command<Vec<Job>> {
@@ -137,6 +156,14 @@ impl Command<Vec<Job>> {
     #[must_use]
     pub fn query_jobs() -> Self {
         Call::QueryJobs.into()
+    }
+}
+
+impl Command<Vec<IoThread>> {
+    /// The threads that serve disks beside the main one.
+    #[must_use]
+    pub fn query_iothreads() -> Self {
+        Call::QueryIothreads.into()
     }
 }
 
@@ -335,7 +362,10 @@ pub(super) mod tests {
                 .call,
             Command::add_snapshot_access(own("imaged-a"), own("imaged-f")).call,
             Command::delete_node(own("imaged-a")).call,
+            Command::query_iothreads().call,
             Command::device_type(own("/machine/peripheral/d")).call,
+            Command::device_iothread(own("/machine/peripheral/d")).call,
+            Command::device_bus(own("/machine/peripheral/d")).call,
             Command::set_drive(own("/machine/peripheral/d"), own("imaged-f")).call,
             Command::start_nbd_server(socket).call,
             Command::stop_nbd_server().call,
@@ -371,7 +401,10 @@ pub(super) mod tests {
         {"execute":"blockdev-add","arguments":{"driver":"copy-before-write","node-name":"imaged-f","file":"#b1","target":"imaged-o","on-cbw-error":"break-snapshot","cbw-timeout":30},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"snapshot-access","node-name":"imaged-a","file":"imaged-f"},"id":1}
         {"execute":"blockdev-del","arguments":{"node-name":"imaged-a"},"id":1}
+        {"execute":"query-iothreads","id":1}
         {"execute":"qom-get","arguments":{"path":"/machine/peripheral/d","property":"type"},"id":1}
+        {"execute":"qom-get","arguments":{"path":"/machine/peripheral/d","property":"iothread"},"id":1}
+        {"execute":"qom-get","arguments":{"path":"/machine/peripheral/d","property":"parent_bus"},"id":1}
         {"execute":"qom-set","arguments":{"path":"/machine/peripheral/d","property":"drive","value":"imaged-f"},"id":1}
         {"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":"/run/nbd"}},"max-connections":16},"id":1}
         {"execute":"nbd-server-stop","id":1}

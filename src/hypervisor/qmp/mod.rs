@@ -19,8 +19,8 @@ mod names;
 mod tests;
 
 pub use answer::{
-    BlockDevice, BlockExport, BlockNode, Cache, Counters, DeviceStatistics, Done, Image, Job,
-    Schema, Status,
+    BlockDevice, BlockExport, BlockNode, Cache, Counters, DeviceStatistics, Done, Image, IoThread,
+    Job, Schema, Status,
 };
 pub use client::{Events, Observed, Qmp, ServerStop, Switch};
 pub use codec::Version;
