@@ -8,7 +8,7 @@ ONLY    ?=
 # Seconds for each fuzz target.
 SECONDS ?= 60
 
-.PHONY: all test lint demo bench fuzz
+.PHONY: all test lint demo bench fuzz soak
 
 all:
 	$(NEED) build
@@ -25,11 +25,18 @@ lint:
 	$(NEED) lint
 	packaging/check.sh
 
-# A stopped guest becomes an image, and a second guest boots from it.
+# A running guest becomes an image, and a second guest boots from it.
 demo:
 	$(NEED) demo
 	$(CARGO) build --release --locked
 	tests/demo.sh
+
+# The tests that gain by repetition, for half an hour: 20 captures of a guest
+# that writes, of each mode.
+soak:
+	$(NEED) test
+	IMAGED_TEST_CAPTURES=20 $(CARGO) test --locked --test it -- --include-ignored --nocapture \
+		qemu_guest_is_imaged_while_it_writes bit_for_bit
 
 bench:
 	$(NEED) bench

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A guest boots, answers by name and is shut down; imaged makes an image of
-# its boot volume and verifies it; a second guest boots from that image and
-# answers by the same name.
+# A guest boots and counts, with each number on its disk before the next.
+# imaged makes an image of its boot volume while it goes on, and verifies it. A
+# second guest boots from that image, answers by the same name, and has the
+# numbers up to the point in time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,7 +30,7 @@ trap finish EXIT
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
 show() { printf '\033[2m$ %s\033[0m\n' "${*//$work\//}"; "$@"; }
 
-say "A small Debian guest (built once), booted and shut down"
+say "A small Debian guest (built once), that counts"
 guest=$(tests/lab/guest.sh)
 cp --sparse=always "$guest/disk.raw" "$work/web-1.raw"
 mkdir "$work/first" "$work/second" "$work/instances.d"
@@ -37,7 +38,12 @@ mkdir "$work/first" "$work/second" "$work/instances.d"
 "$vm" wait-agent --dir "$work/first"
 name=$("$vm" hostname --dir "$work/first")
 echo "the guest's agent says its name: $name"
-"$vm" shutdown --dir "$work/first"
+# shellcheck disable=SC2016 # for the guest's shell
+"$vm" exec --dir "$work/first" /bin/sh -c \
+    'setsid sh -c "n=0; while n=\$((n + 1)); do echo \$n >>/count; sync /count; done" </dev/null >/dev/null 2>&1 &'
+count() { "$vm" exec --dir "$work/$1" /usr/bin/tail -n 1 /count; }
+until [[ $(count first 2>/dev/null) -gt 10 ]]; do sleep 0.2; done
+echo "it counts: $(count first)"
 
 say "The daemon, with the directory store and one instance"
 cat >"$work/imaged.toml" <<EOF
@@ -65,10 +71,17 @@ done
 show "$imagectl" host get
 show "$imagectl" instance list
 
-say "The image"
+say "The image of the running guest"
+before=$(count first)
 show "$imagectl" image create --instance-id web-1 --display-name golden --wait-for-state AVAILABLE
 image=$("$imagectl" image list --display-name golden --output json |
     python3 -c 'import json, sys; print(json.load(sys.stdin)["data"][0]["id"])')
+after=$(count first)
+echo "the guest counted on from $before to $after"
+work_request=$("$imagectl" work-request list --resource-id "$image" --output json |
+    python3 -c 'import json, sys; print(json.load(sys.stdin)["data"][0]["id"])')
+show "$imagectl" work-request get --trace --work-request-id "$work_request" |
+    grep -E 'freeze|thaw|copy-before-write|qom-set' | cut -c 1-110
 show "$imagectl" image verify --image-id "$image"
 
 say "The same digests, computed by a script that needs nothing of imaged"
@@ -79,7 +92,12 @@ say "A second guest boots from the image"
 "$vm" wait-agent --dir "$work/second"
 second=$("$vm" hostname --dir "$work/second")
 echo "the second guest's agent says its name: $second"
+# Numbers from 1, without a gap.
+last=$("$vm" exec --dir "$work/second" /bin/sh -c \
+    'seq "$(wc -l </count)" | cmp - /count && wc -l </count')
+echo "its numbers go from 1 to $last: the image is of a moment between $before and $after"
 "$vm" shutdown --dir "$work/second"
+((before <= last && last <= after)) || { echo "demo: not between $before and $after" >&2; exit 1; }
 [[ $second == "$name" ]] || { echo "demo: expected the name $name" >&2; exit 1; }
 
 say "demo: ok"
