@@ -13,6 +13,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "figures")]
 
+mod guest;
 #[path = "../lab/lab.rs"]
 mod lab;
 mod memory;
@@ -26,7 +27,7 @@ use lab::{Config, Daemon, run};
 use report::{Report, median};
 
 /// Rounds of each side.
-const ROUNDS: usize = 5;
+pub const ROUNDS: usize = 5;
 
 fn main() {
     // cargo bench passes its own flags.
@@ -38,6 +39,7 @@ fn main() {
     }
     let volumes = volumes::Volumes::default();
     captures(&volumes, &mut report);
+    guest::running(&mut report);
     reader::read_limit(&volumes, &mut report);
     memory::resident_sets(&mut report);
     report.write();
@@ -128,7 +130,7 @@ fn check(object: &Path, device: &Path) {
 }
 
 /// Nothing of either side's files in memory.
-fn cold() {
+pub fn cold() {
     run("sync", &[]);
     std::fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
 }
