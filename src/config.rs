@@ -23,7 +23,9 @@ use serde::Deserialize;
 pub use self::values::EncodeThreads;
 use self::{
     source::Source,
-    values::{absolute, absolute_paths, progress_timeout, read_depth, size},
+    values::{
+        absolute, absolute_paths, latency_percent, progress_timeout, read_depth, size, size_if_any,
+    },
 };
 use crate::{
     error::{Context, Reason, Result},
@@ -102,6 +104,14 @@ pub struct Config {
     /// must be free when it begins. Default: `"10GiB"`.
     #[serde(deserialize_with = "size")]
     pub scratch_size: ByteSize,
+    /// Bytes a second that are read of a running instance's volume at most, at
+    /// least 1 MiB. Default: as many as its guest bears.
+    #[serde(deserialize_with = "size_if_any")]
+    pub read_rate: Option<ByteSize>,
+    /// Percent, 110 to 1000. When the operations of a guest's disk take longer
+    /// than this part of what is usual, its volume is read slower. Default: 150.
+    #[serde(deserialize_with = "latency_percent")]
+    pub latency_percent: u16,
     /// Seconds, 1 to 1200. Work that gets no further for so long, because a
     /// device or a store does not answer, is ended, so that its instance does
     /// not stay locked. Default: 1200.
@@ -159,6 +169,8 @@ impl Default for Config {
             max_queued: 100,
             scratch_dir: PathBuf::new(),
             scratch_size: ByteSize::gib(10),
+            read_rate: None,
+            latency_percent: 150,
             progress_timeout: values::MAX_PROGRESS_TIMEOUT,
             default_store: String::new(),
             stores: BTreeMap::new(),
@@ -208,6 +220,10 @@ pub fn parse(text: &str, origin: &Path) -> Result<Config> {
         if let Err(cause) = name.parse::<CompartmentId>() {
             return Err(source.refuse(&["stores", name], format!("not a name: {cause}")));
         }
+    }
+    if config.read_rate.is_some_and(|rate| rate < ByteSize::mib(1)) {
+        let message = "less than 1MiB a second would never come to an end".to_owned();
+        return Err(source.refuse(&["read_rate"], message));
     }
     if config.scratch_size < MIN_SCRATCH {
         let message = format!("less than {MIN_SCRATCH}, which any guest fills at once");
@@ -360,7 +376,7 @@ mod tests {
 
     #[test]
     fn an_unknown_key_names_file_line_and_key() {
-        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `scratch_dir`, `scratch_size`, `progress_timeout_seconds`, `default_store`, `stores`");
+        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `scratch_dir`, `scratch_size`, `read_rate`, `latency_percent`, `progress_timeout_seconds`, `default_store`, `stores`");
     }
 
     #[test]

@@ -32,7 +32,7 @@ use crate::{
     model::{host::Feature, instance::Instance},
     port::{Clock, Hypervisor, Inspector, ObjectStore, Volumes},
     rpc::{self, HostFacts, StoreState},
-    work::{Ports, Settings, Work},
+    work::{Burden, Ports, Settings, Work},
 };
 
 /// How long clients may take to read the end of what they watch.
@@ -117,6 +117,7 @@ where
         max_captures: config.max_captures,
         max_queued: config.max_queued,
         scratch_size: config.scratch_size,
+        burden: Burden { read_rate: config.read_rate, latency_percent: config.latency_percent },
         progress_timeout: config.progress_timeout,
         architecture: std::env::consts::ARCH.into(),
     };

@@ -56,6 +56,22 @@ impl<'de> Deserialize<'de> for EncodeThreads {
     }
 }
 
+/// A size, where one is given.
+pub(super) fn size_if_any<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<ByteSize>, D::Error> {
+    size(deserializer).map(Some)
+}
+
+/// Percent of what is usual: 110 to 1000.
+pub(super) fn latency_percent<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u16, D::Error> {
+    let percent = u16::deserialize(deserializer)?;
+    match percent {
+        110..=1000 => Ok(percent),
+        _ => Err(de::Error::custom("a latency of 110 to 1000 percent of the usual can be kept")),
+    }
+}
+
 pub(super) fn size<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ByteSize, D::Error> {
     struct Visitor;
     impl de::Visitor<'_> for Visitor {

@@ -166,7 +166,7 @@ impl Capture {
                 biased;
                 encoded = watchdog.guard(who, pumped) => encoded?,
                 lost = live.snapshot.lost() => return Err(lost),
-                never = live.spare_the_guest(&teller) => match never {},
+                never = live.spare_the_guest(work.0.settings.burden, &teller) => match never {},
             },
         };
         let mut point_in_time = None;

@@ -5,8 +5,8 @@ use std::{convert::Infallible, time::Duration};
 use tokio::time::MissedTickBehavior;
 
 use super::{
-    Work,
-    governor::Governor,
+    Burden, Work,
+    governor::{self, Governor},
     tracker::{Teller, Tracker},
 };
 use crate::{
@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// How often a guest's latency is looked at.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(250);
 
 /// A point in time that is held. Dropped without [`release`](Self::release),
 /// it is given back by who drives the work request.
@@ -39,7 +39,10 @@ impl Live {
         let snapshot = prepared.take().await?;
         tracker.owe(Some(Undo { frozen: false, ..undo })).await?;
         tracker.log(told(snapshot.point()));
-        Ok(Self { snapshot, pace: Pace::default() })
+        let pace = Pace::default();
+        // Until the first look.
+        pace.set(Some(governor::FIRST));
+        Ok(Self { snapshot, pace })
     }
 
     /// The volume as it was then.
@@ -58,8 +61,8 @@ impl Live {
     }
 
     /// Reads slower when the guest's disk gets slow, for ever.
-    pub(super) async fn spare_the_guest(&self, teller: &Teller) -> Infallible {
-        let mut governor = None;
+    pub(super) async fn spare_the_guest(&self, burden: Burden, teller: &Teller) -> Infallible {
+        let mut governor: Option<Governor> = None;
         let mut told = false;
         let mut ticks = tokio::time::interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -67,12 +70,14 @@ impl Live {
             ticks.tick().await;
             // Who does not answer now is told of by who waits for its end.
             let Ok(work) = self.snapshot.disk_work().await else { continue };
-            let before = self.pace.get();
-            let governor = governor.get_or_insert_with(|| Governor::new(work));
-            let limit = governor.decide(work, teller.per_second());
-            self.pace.set(limit);
+            match &mut governor {
+                Some(governor) => governor.look(work, teller.per_second()),
+                None => governor = Some(Governor::new(burden, work)),
+            }
+            let Some(governor) = &governor else { continue };
+            self.pace.set(governor.limit());
             // Once: it may come and go for hours.
-            if let (None, Some(limit), false) = (before, limit, told) {
+            if let (Some(limit), true, false) = (governor.limit(), governor.stepped_back(), told) {
                 told = true;
                 teller.log(format!(
                     "the guest's disk got slow: reading steps back whenever it does, to {}/s now",

@@ -89,10 +89,21 @@ pub struct Settings {
     pub max_queued: usize,
     /// Bytes that a running instance may overwrite while it is imaged.
     pub scratch_size: ByteSize,
+    /// What the guest of a volume that is read has to bear.
+    pub burden: Burden,
     /// Work that gets no further for so long is ended.
     pub progress_timeout: Duration,
     /// This host's, e.g. `x86_64`.
     pub architecture: String,
+}
+
+/// What the guest of a volume that is read has to bear.
+#[derive(Debug, Clone, Copy)]
+pub struct Burden {
+    /// Bytes a second at most.
+    pub read_rate: Option<ByteSize>,
+    /// How long its disk's operations may take, in percent of what is usual.
+    pub latency_percent: u16,
 }
 
 /// An order for an image.

@@ -17,9 +17,10 @@ use crate::{
 };
 
 /// Writes 4 KiB with O_DSYNC each millisecond, walking through a file of
-/// 64 MiB as a log does, until /run/stop is there. Prints the 99th percentile
-/// of the times that the writes took, and the longest from the end of one to
-/// the end of the next, in microseconds.
+/// 64 MiB as a log does, until /run/stop is there. Of what it did while
+/// /run/count was there it prints the 99th percentile of the times that the
+/// writes took, and the longest from the end of one to the end of the next,
+/// in microseconds.
 const PROBE: &str = r#"
 use strict; use Fcntl; use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC usleep);
 sysopen(my $file, '/probe', O_RDWR | 010000) or die $!;
@@ -30,8 +31,10 @@ until (-e '/run/stop') {
     my $begin = clock_gettime(CLOCK_MONOTONIC);
     syswrite($file, chr(1 + $at % 255) x 4096) == 4096 or die $!;
     my $end = clock_gettime(CLOCK_MONOTONIC);
-    push @took, $end - $begin;
-    $gap = $end - $last if $end - $last > $gap;
+    if (-e '/run/count') {
+        push @took, $end - $begin;
+        $gap = $end - $last if $end - $last > $gap;
+    }
     $last = $end;
     usleep(1000);
 }
@@ -39,7 +42,7 @@ until (-e '/run/stop') {
 printf "%d %d\n", 1e6 * $took[$#took * 0.99], 1e6 * $gap;
 "#;
 
-/// For an idle run, and at least so long beside a capture.
+/// For an idle run.
 const WATCH: Duration = Duration::from_secs(10);
 
 /// What the guest saw.
@@ -56,27 +59,29 @@ pub fn running(report: &mut Report) {
     let guest = Guest::boot();
     let dir = tempfile::tempdir_in(lab::scratch()).unwrap();
     let area = guest.disk().with_file_name("scratch");
-    let daemon = Daemon::start(&Config {
-        lines: format!("scratch_dir = {area:?}\nencode_threads = \"all\""),
-        store: Some(dir.path().join("store")),
-        instances: vec![("web-1".into(), guest.instance())],
-    });
+    let daemon = |more: &str| {
+        Daemon::start(&Config {
+            lines: format!("scratch_dir = {area:?}\n{more}"),
+            store: Some(dir.path().join("store")),
+            instances: vec![("web-1".into(), guest.instance())],
+        })
+    };
     if names[..3].iter().any(|name| report.wants(name)) {
-        cost(&guest, &daemon, report);
+        cost(&guest, &daemon(""), report);
     }
     if report.wants("capture-live-debian") {
-        speed(&guest, &daemon, dir.path(), report);
+        speed(&guest, &daemon("encode_threads = \"all\""), dir.path(), report);
     }
 }
 
-/// With default settings, apart from the threads: those may take every core.
+/// With default settings.
 fn cost(guest: &Guest, daemon: &Daemon, report: &mut Report) {
     guest.sh(&format!("cat > /run/probe.pl <<'END'\n{PROBE}\nEND"));
     guest.sh("yes | head -c 67108864 >/probe; sync");
     let (mut windows, mut own, mut gaps, mut ratios, mut scratch) =
         (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        let before = watched(guest, || {});
+        let before = watched(guest, || thread::sleep(WATCH));
         let mut image = Value::Null;
         let during = watched(guest, || image = capture(daemon));
         let point = &image["point-in-time"];
@@ -97,13 +102,13 @@ fn cost(guest: &Guest, daemon: &Daemon, report: &mut Report) {
 
 /// What the guest sees while something is done.
 fn watched(guest: &Guest, deed: impl FnOnce()) -> Seen {
-    guest.sh("rm -f /run/stop /run/seen; setsid perl /run/probe.pl >/run/seen 2>&1 </dev/null &");
+    guest.sh("rm -f /run/stop /run/count /run/seen; setsid perl /run/probe.pl >/run/seen 2>&1 </dev/null &");
     thread::sleep(Duration::from_secs(1));
-    let begun = Instant::now();
+    guest.sh("touch /run/count");
     deed();
-    thread::sleep(WATCH.saturating_sub(begun.elapsed()));
-    let seen =
-        guest.sh("touch /run/stop; until [ -s /run/seen ]; do sleep 0.1; done; cat /run/seen");
+    let seen = guest.sh(
+        "rm /run/count; touch /run/stop; until [ -s /run/seen ]; do sleep 0.1; done; cat /run/seen",
+    );
     let mut numbers = seen.split_whitespace().map(|number| number.parse().unwrap());
     Seen { p99: numbers.next().unwrap(), gap: numbers.next().unwrap() }
 }
