@@ -617,7 +617,11 @@ mod tests {
             written_bytes: 600 << 20,
             expected: Some(cost),
         };
-        insta::assert_snapshot!(rehearsal(&rehearsed).join("\n"), @"");
+        insta::assert_snapshot!(rehearsal(&rehearsed).join("\n"), @"
+        frozen for 131ms, 5.00 MiB of scratch, with a fuse in the guest
+        the guest wrote 600 MiB in 60 s, 10.0 MiB/s
+        an image is expected to cost 131ms, 12.0 MiB of scratch, 1m10s, 1.00 GiB stored (assumed: this host has made no image yet)
+        ");
     }
 
     #[test]
