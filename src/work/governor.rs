@@ -52,8 +52,8 @@ impl Governor {
         self.careful
     }
 
-    /// Looks at a guest whose disk has done `work` by now, while `per_second`
-    /// bytes were read for the image.
+    /// Looks at a guest whose disk has done `work` by now. `per_second` bytes
+    /// pass at present: where there was no limit, it begins below that.
     pub(super) fn look(&mut self, work: DiskWork, per_second: u64) {
         let since = DiskWork {
             operations: work.operations.saturating_sub(self.before.operations),
@@ -66,8 +66,7 @@ impl Governor {
         self.limit = match (average(since), self.limit) {
             (Some(latency), limit) if latency > tolerated => {
                 self.careful = true;
-                let now = limit.map_or(per_second, |limit| limit.min(per_second));
-                Some((now / 2).max(LEAST))
+                Some((limit.unwrap_or(per_second.max(FIRST)) / 2).max(LEAST))
             }
             (_, Some(limit)) => {
                 let more = if self.careful { limit / 16 } else { limit };
@@ -103,13 +102,15 @@ mod tests {
         assert_eq!(governor.limit(), Some(2 * FIRST), "2 ms are tolerated");
         assert!(!governor.stepped_back());
         governor.look(work(1200, 2200), 100 << 20);
-        assert_eq!(governor.limit(), Some(50 << 20), "10 ms are not");
+        assert_eq!(governor.limit(), Some(FIRST), "10 ms are not");
         assert!(governor.stepped_back());
-        governor.look(work(1220, 2600), 1 << 20);
+        for more in 1..10 {
+            governor.look(work(1200 + more, 2200 + 10 * more), 1 << 20);
+        }
         assert_eq!(governor.limit(), Some(LEAST));
         let mut limit = LEAST;
-        for second in 1..1000 {
-            governor.look(work(1220 + second, 2600 + second), limit);
+        for more in 1..1000 {
+            governor.look(work(1209 + more, 2290 + more), limit);
             match governor.limit() {
                 Some(more) => {
                     assert!(more > limit);
