@@ -253,24 +253,36 @@ async fn rehearse(mut session: Session<'_, '_>, args: ImageCreate) -> Result<(),
         .await
         .map_err(|failure| ask_again(failure, &token))?;
     let until = WaitFor::earliest(&args.wait.wait_for_state).unwrap_or(Until::Ended);
+    let limit = Some(Duration::from_secs(args.wait.max_wait_seconds));
+    let work = waited(&mut session, work, until, limit).await?;
+    match Failure::of_work(&work) {
+        Some(failure) => Err(failure),
+        None => work_request::print(&mut session, &work),
+    }
+}
+
+/// Waits for `work`, and returns it as it is then. Where the wait fails, what
+/// was accepted is printed: a script still learns what it asked for.
+async fn waited(
+    session: &mut Session<'_, '_>,
+    work: pb::WorkRequest,
+    until: Until,
+    limit: Option<Duration>,
+) -> Result<pb::WorkRequest, Failure> {
     if until == Until::Accepted {
-        return work_request::print(&mut session, &work);
+        return Ok(work);
     }
     session.console.tell(&format!("work request {}", work.id));
-    let limit = Some(Duration::from_secs(args.wait.max_wait_seconds));
+    let client = session.client.clone();
     let wait =
         Wait { client: &client, work_request_id: &work.id, until, limit, first_pause: FIRST_PAUSE };
-    let ended = match wait.run(&mut Progress::on(session.console)).await {
-        Ok(ended) => ended,
+    match wait.run(&mut Progress::on(session.console)).await {
+        Ok(ended) => Ok(ended),
         Err(failure) => {
-            work_request::print(&mut session, &work)?;
-            return Err(failure);
+            work_request::print(session, &work)?;
+            Err(failure)
         }
-    };
-    if let Some(failure) = Failure::of_work(&ended) {
-        return Err(failure);
     }
-    work_request::print(&mut session, &ended)
 }
 
 async fn verify(mut session: Session<'_, '_>, args: ImageVerify) -> Result<(), Failure> {
@@ -285,20 +297,8 @@ async fn verify(mut session: Session<'_, '_>, args: ImageVerify) -> Result<(), F
         .await
         .map_err(|failure| ask_again(failure, &token))?;
     let until = WaitFor::earliest(&args.wait_for_state).unwrap_or(Until::Ended);
-    if until == Until::Accepted {
-        return work_request::print(&mut session, &work);
-    }
-    session.console.tell(&format!("work request {}", work.id));
     let limit = args.max_wait_seconds.map(Duration::from_secs);
-    let wait =
-        Wait { client: &client, work_request_id: &work.id, until, limit, first_pause: FIRST_PAUSE };
-    let ended = match wait.run(&mut Progress::on(session.console)).await {
-        Ok(ended) => ended,
-        Err(failure) => {
-            work_request::print(&mut session, &work)?;
-            return Err(failure);
-        }
-    };
+    let ended = waited(&mut session, work, until, limit).await?;
     let failure = Failure::of_work(&ended);
     if session.output == Output::Json || until != Until::Ended {
         work_request::print(&mut session, &ended)?;
