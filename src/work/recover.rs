@@ -6,7 +6,10 @@ use std::sync::Arc;
 use super::{Ports, tracker};
 use crate::{
     error::{Error, Reason, Result},
-    model::work_request::{Action, LogEntry, Resource, Status, WorkRequest},
+    model::{
+        trace::Trace,
+        work_request::{Action, LogEntry, Resource, Status, WorkRequest},
+    },
     port::ObjectStore,
     recorder::Recorder,
 };
@@ -95,10 +98,19 @@ async fn give_back(ports: &Ports, requests: &mut [WorkRequest]) -> Result<()> {
         tracing::warn!(work_request = %request.id, "{message}");
         request.logs.push(LogEntry { message, time: ports.clock.now() });
         ports.journal.put(request).await?;
-        let before = ports.journal.trace(&request.id).await?.unwrap_or_default();
-        ports.journal.put_trace(&request.id, &before.then(recorder.trace())).await
+        // What was said is worth telling, and no reason not to start.
+        if let Err(error) = keep_trace(ports, request, recorder.trace()).await {
+            tracing::error!(work_request = %request.id, "{error:?}");
+        }
+        Ok(())
     });
     futures_util::future::join_all(given).await.into_iter().collect()
+}
+
+/// Adds what was said now to what the dead daemon had kept.
+async fn keep_trace(ports: &Ports, request: &WorkRequest, now: Trace) -> Result<()> {
+    let before = ports.journal.trace(&request.id).await?.unwrap_or_default();
+    ports.journal.put_trace(&request.id, &before.then(now)).await
 }
 
 /// Whether imaged died between the last step, which makes the image exist,
