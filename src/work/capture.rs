@@ -164,7 +164,10 @@ impl Capture {
             None => watchdog.guard(who, pumped).await?,
             Some(live) => tokio::select! {
                 biased;
-                encoded = watchdog.guard(who, pumped) => encoded?,
+                encoded = watchdog.guard(who, pumped) => match encoded {
+                    Ok(encoded) => encoded,
+                    Err(error) => return Err(live.explained(error).await),
+                },
                 lost = live.snapshot.lost() => return Err(lost),
                 never = live.spare_the_guest(work.0.settings.burden, &teller) => match never {},
             },

@@ -2,7 +2,7 @@
 
 use std::{convert::Infallible, time::Duration};
 
-use tokio::time::MissedTickBehavior;
+use tokio::time::{MissedTickBehavior, timeout};
 
 use super::{
     Burden, Work,
@@ -10,7 +10,7 @@ use super::{
     tracker::{Teller, Tracker},
 };
 use crate::{
-    error::Result,
+    error::{Error, Reason, Result},
     model::{
         ByteSize,
         live::{PointInTime, Undo},
@@ -21,6 +21,9 @@ use crate::{
 
 /// How often a guest's latency is looked at.
 const LOOK: Duration = Duration::from_millis(250);
+
+/// How long a failed read waits for its reason.
+const EXPLANATION: Duration = Duration::from_secs(1);
 
 /// A point in time that is held. Dropped without [`release`](Self::release),
 /// it is given back by who drives the work request.
@@ -48,6 +51,17 @@ impl Live {
     /// The volume as it was then.
     pub(super) async fn open(&self, work: &Work) -> Result<Box<dyn HeldVolume>> {
         work.0.ports.volumes.live(self.snapshot.source(), self.pace.clone()).await
+    }
+
+    /// The reason for a read that failed. What befell the snapshot says more
+    /// than what the reader met of it, and is known a moment later.
+    pub(super) async fn explained(&self, error: Error) -> Error {
+        match error.reason() {
+            Reason::ReadFailed | Reason::SnapshotBroken => {
+                timeout(EXPLANATION, self.snapshot.lost()).await.unwrap_or(error)
+            }
+            _ => error,
+        }
     }
 
     /// Gives the instance its disk back.

@@ -206,6 +206,20 @@ pub fn reading(daemon: &Daemon, more: &[&str]) -> String {
     request
 }
 
+/// A guest whose disk is read at a rate that leaves time for accidents.
+pub fn slowly(mut config: Config) -> Config {
+    config.lines.push_str("\nread_rate = \"48MiB\"");
+    config
+}
+
+/// A capture whose daemon stands still, until it is told to go on, after the
+/// first bytes were read: an emulated guest is slow.
+pub fn held_while_reading(daemon: &Daemon) -> String {
+    let request = reading(daemon, &[]);
+    daemon.signal("STOP");
+    request
+}
+
 #[test]
 #[ignore = "needs root, QEMU and a minute"]
 fn qemu_guest_gets_its_disk_back_from_a_daemon_that_was_killed_or_stopped() {
@@ -255,18 +269,16 @@ fn qemu_guest_gets_its_disk_back_from_a_daemon_that_was_killed_or_stopped() {
 fn qemu_guest_that_overwrites_too_much_loses_its_image_and_nothing_else() {
     let guest = Guest::boot();
     start_writer(&guest);
-    let mut config = config(&guest);
+    let mut config = slowly(config(&guest));
     config.lines = config.lines.replace("1GiB", "4MiB");
     let daemon = Daemon::start(&config);
     // Not zeroes, which take no scratch.
-    guest.sh("yes old | head -c 30000000 >/large; sync");
+    guest.sh("yes old | head -c 16000000 >/large; sync");
+    let request = held_while_reading(&daemon);
     guest.sh(
-        "setsid sh -c 'while :; do yes new | head -c 30000000 | dd of=/large conv=notrunc,fsync; done' \
+        "setsid sh -c 'while :; do yes new | head -c 16000000 | dd bs=64k of=/large conv=notrunc,fsync; done' \
          >/dev/null 2>&1 </dev/null &",
     );
-    let request = reading(&daemon, &[]);
-    // An emulated guest is slow: the daemon waits until it has written enough.
-    daemon.signal("STOP");
     let scratch = guest.disk().with_file_name("scratch");
     let taken = || {
         let mut found = fs::read_dir(&scratch).unwrap();
@@ -281,7 +293,7 @@ fn qemu_guest_that_overwrites_too_much_loses_its_image_and_nothing_else() {
     let written = || written().trim().parse::<u64>().unwrap();
     let before = written();
     wait_for("the guest to write more", Duration::from_secs(120), || {
-        (written() > before + (40 << 20)).then_some(())
+        (written() > before + (24 << 20)).then_some(())
     });
     assert!(taken().unwrap() <= 4 << 20, "{:?} of scratch", taken());
     daemon.signal("CONT");

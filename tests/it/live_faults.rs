@@ -4,17 +4,12 @@
 use std::{fs, path::PathBuf, process::Command, time::Duration};
 
 use crate::{
-    lab::{Config, Daemon, Guest, Monitor, run, scratch, wait_for},
+    lab::{Daemon, Guest, Monitor, run, scratch, wait_for},
     live::{
-        Proxy, assert_it_writes, assert_nothing_left, assert_prefix, capture, config, object,
-        reading, records, start_writer, writes,
+        Proxy, assert_it_writes, assert_nothing_left, assert_prefix, capture, config,
+        held_while_reading, object, records, slowly, start_writer, writes,
     },
 };
-
-/// A guest whose disk is read at a rate that leaves time for accidents.
-fn slowly(config: &mut Config) {
-    config.lines.push_str("\nread_depth = 1");
-}
 
 #[test]
 #[ignore = "needs root, QEMU and a minute"]
@@ -110,11 +105,8 @@ fn assert_no_nodes(guest: &Guest) {
 fn qemu_guest_that_resets_while_it_is_read_is_imaged_as_it_was() {
     let guest = Guest::boot();
     start_writer(&guest);
-    let mut config = config(&guest);
-    slowly(&mut config);
-    let daemon = Daemon::start(&config);
-    let request = reading(&daemon, &[]);
-    daemon.signal("STOP");
+    let daemon = Daemon::start(&slowly(config(&guest)));
+    let request = held_while_reading(&daemon);
     Monitor::of(&guest).execute("system_reset");
     // It replays its journal, and writes what it always writes.
     guest.vm("wait-agent", &[]);
@@ -134,11 +126,8 @@ fn qemu_guest_that_resets_while_it_is_read_is_imaged_as_it_was() {
 #[ignore = "needs root, QEMU and a minute"]
 fn qemu_guest_that_powers_off_while_it_is_read_ends_the_image_and_nothing_is_left() {
     let guest = Guest::boot();
-    let mut config = config(&guest);
-    slowly(&mut config);
-    let daemon = Daemon::start(&config);
-    let request = reading(&daemon, &[]);
-    daemon.signal("STOP");
+    let daemon = Daemon::start(&slowly(config(&guest)));
+    let request = held_while_reading(&daemon);
     guest.vm("shutdown", &[]);
     daemon.signal("CONT");
     let said = daemon.refusal(&["work-request", "watch", "--work-request-id", &request]);
@@ -155,11 +144,8 @@ fn qemu_guest_that_powers_off_while_it_is_read_ends_the_image_and_nothing_is_lef
 fn qemu_guest_whose_snapshots_socket_is_removed_is_imaged_and_given_back() {
     let guest = Guest::boot();
     start_writer(&guest);
-    let mut config = config(&guest);
-    slowly(&mut config);
-    let daemon = Daemon::start(&config);
-    let request = reading(&daemon, &[]);
-    daemon.signal("STOP");
+    let daemon = Daemon::start(&slowly(config(&guest)));
+    let request = held_while_reading(&daemon);
     let scratch = guest.disk().with_file_name("scratch");
     let dir = fs::read_dir(&scratch).unwrap().next().unwrap().unwrap().path();
     fs::remove_file(dir.join("nbd.sock")).unwrap();
@@ -228,11 +214,9 @@ fn qemu_guest_whose_scratch_is_on_a_failing_disk_loses_its_image_and_nothing_els
     start_writer(&guest);
     let mut config = config(&guest);
     config.lines = format!("scratch_size = \"512MiB\"\nscratch_dir = {:?}", failing.dir());
-    slowly(&mut config);
-    let daemon = Daemon::start(&config);
+    let daemon = Daemon::start(&slowly(config));
     guest.sh("yes old | head -c 60000000 >/large; sync");
-    let request = reading(&daemon, &[]);
-    daemon.signal("STOP");
+    let request = held_while_reading(&daemon);
     guest.sh("yes new | head -c 60000000 | dd bs=64k of=/large conv=notrunc,fsync 2>/dev/null");
     daemon.signal("CONT");
     let said = daemon.refusal(&["work-request", "watch", "--work-request-id", &request]);
