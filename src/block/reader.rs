@@ -169,7 +169,8 @@ impl Reading<'_> {
             self.fill()?;
             match (self.queue.in_flight(), self.outbox.is_empty()) {
                 (0, true) if self.plan.peek().is_none() => return Ok(()),
-                (0, true) => self.wait_for_buffer(STOP_LATENCY),
+                (0, true) if self.free.is_empty() => self.wait_for_buffer(STOP_LATENCY),
+                (0, true) => self.wait_for_buffer(self.budget.due(EXTENT_SIZE).min(STOP_LATENCY)),
                 (0, false) => self.wait_for_buffer(ROOM_LATENCY),
                 (_, waiting) => {
                     let wait = if waiting { Wait::ForOne } else { Wait::No };

@@ -194,7 +194,8 @@ impl Reading<'_> {
             match (self.export.in_flight(), self.outbox.is_some()) {
                 (_, true) => self.wait_for_buffer(ROOM_LATENCY),
                 (0, false) if self.plan.peek().is_none() => break,
-                (0, false) => self.wait_for_buffer(STOP_LATENCY),
+                (0, false) if self.free.is_empty() => self.wait_for_buffer(STOP_LATENCY),
+                (0, false) => self.wait_for_buffer(self.budget.due(EXTENT_SIZE).min(STOP_LATENCY)),
                 (_, false) => {
                     if let Some(finished) = self.export.finished(STOP_LATENCY)? {
                         self.lend(finished)?;
