@@ -2,11 +2,11 @@
 
 use std::{convert::Infallible, time::Duration};
 
-use tokio::time::{MissedTickBehavior, timeout};
+use tokio::time::{sleep, timeout};
 
 use super::{
     Burden, Work,
-    governor::{self, Governor},
+    governor::Governor,
     tracker::{Teller, Tracker},
 };
 use crate::{
@@ -18,9 +18,6 @@ use crate::{
     },
     port::{HeldVolume, LiveSnapshot, Pace, Prepared},
 };
-
-/// How often a guest's latency is looked at.
-const LOOK: Duration = Duration::from_millis(250);
 
 /// How long a failed read waits for its reason.
 const EXPLANATION: Duration = Duration::from_secs(1);
@@ -43,8 +40,8 @@ impl Live {
         tracker.owe(Some(Undo { frozen: false, ..undo })).await?;
         tracker.log(told(snapshot.point()));
         let pace = Pace::default();
-        // Until the first look.
-        pace.set(Some(governor::FIRST));
+        // Until it is known what its guest bears.
+        pace.set(Some(0));
         Ok(Self { snapshot, pace })
     }
 
@@ -76,19 +73,14 @@ impl Live {
 
     /// Reads slower when the guest's disk gets slow, for ever.
     pub(super) async fn spare_the_guest(&self, burden: Burden, teller: &Teller) -> Infallible {
-        let mut governor: Option<Governor> = None;
+        // Who does not answer now is told of by who waits for its end.
+        let mut work = self.snapshot.disk_work().await.unwrap_or_default();
+        let mut governor = Governor::new(burden, work);
         let mut told = false;
-        let mut ticks = tokio::time::interval(LOOK);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            ticks.tick().await;
-            // Who does not answer now is told of by who waits for its end.
-            let Ok(work) = self.snapshot.disk_work().await else { continue };
-            match &mut governor {
-                Some(governor) => governor.look(work, teller.per_second()),
-                None => governor = Some(Governor::new(burden, work)),
-            }
-            let Some(governor) = &governor else { continue };
+            sleep(governor.next_look()).await;
+            work = self.snapshot.disk_work().await.unwrap_or(work);
+            governor.look(work, teller.per_second());
             self.pace.set(governor.limit());
             // Once: it may come and go for hours.
             if let (Some(limit), true, false) = (governor.limit(), governor.stepped_back(), told) {
