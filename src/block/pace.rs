@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::port::Pace;
 
-/// What may be saved up while nothing is read: so much time of the pace. What
+/// What may be saved up beside what is asked for: so much time of the pace. What
 /// is read at once, a guest waits for at once: at 32 MiB/s, bursts of 125 ms
 /// made one of twenty writes of a guest 5 ms longer.
 const BURST: Duration = Duration::from_millis(8);
@@ -45,7 +45,7 @@ impl Budget {
         // What is less than a byte is waited for.
         let earned = of(now.saturating_duration_since(self.since));
         if earned > 0 {
-            let most = of(BURST).max(bytes);
+            let most = of(BURST).saturating_add(bytes);
             self.left = self.left.saturating_add(earned).min(most);
             self.since = now;
         }
@@ -92,7 +92,7 @@ mod tests {
         assert_eq!(at_once, 1);
         pace.set(Some(1000 * MIB));
         let later = later + Duration::from_secs(100);
-        assert_eq!((0..100).filter(|_| budget.take_at(MIB, later)).count(), 8);
+        assert_eq!((0..100).filter(|_| budget.take_at(MIB, later)).count(), 9);
         // And without a limit there is none.
         pace.set(None);
         assert!((0..1000).all(|_| budget.take_at(MIB, later)));

@@ -318,7 +318,12 @@ pub struct Monitor {
 impl Monitor {
     /// Connects to `guest`'s.
     pub fn of(guest: &Guest) -> Self {
-        let stream = UnixStream::connect(guest.dir.path().join("monitor.sock")).unwrap();
+        Self::at(&guest.dir.path().join("monitor.sock"))
+    }
+
+    /// Connects to the one at `socket`.
+    pub fn at(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
         let mut monitor = Self { stream: BufReader::new(stream) };
         monitor.line();

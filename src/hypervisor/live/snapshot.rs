@@ -141,7 +141,7 @@ impl Ready {
         let Names { scratch, bound, overlay, .. } = self.names.clone();
         self.execute(Command::add_scratch(scratch.clone(), file)).await?;
         self.execute(Command::add_bound(bound.clone(), scratch, limit)).await?;
-        self.execute(Command::add_overlay(overlay, bound, None)).await?;
+        self.execute(Command::add_overlay(overlay, bound)).await?;
         self.execute(Command::start_nbd_server(socket)).await?;
         Ok(made)
     }

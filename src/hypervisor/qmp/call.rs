@@ -6,7 +6,7 @@ use std::num::NonZeroU32;
 
 use serde::Serialize;
 
-use super::names::{DevicePath, ExportId, FilePath, JobId, NodeName, NodeRef, SocketPath};
+use super::names::{DevicePath, ExportId, FilePath, NodeName, NodeRef, SocketPath};
 use crate::{hypervisor::keep::Keep, recorder::Lane};
 
 /// The commands as they are encoded: `execute` is the variant's name.
@@ -51,19 +51,6 @@ pub(super) enum Call {
         id: ExportId,
         mode: ExportEnd,
     },
-    Transaction {
-        actions: [Action; 1],
-    },
-    JobPause {
-        id: JobId,
-    },
-    JobCancel {
-        id: JobId,
-    },
-    JobDismiss {
-        id: JobId,
-    },
-    Cont,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -156,29 +143,6 @@ pub(super) enum ExportEnd {
     Hard,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(tag = "type", content = "data", rename_all = "kebab-case")]
-pub(super) enum Action {
-    BlockdevBackup(Backup),
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) struct Backup {
-    pub(super) job_id: JobId,
-    pub(super) device: NodeRef,
-    pub(super) target: NodeName,
-    pub(super) sync: Sync,
-    pub(super) filter_node_name: NodeName,
-    pub(super) auto_dismiss: bool,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub(super) enum Sync {
-    None,
-}
-
 impl Call {
     /// Its name on the wire.
     pub(super) const fn name(&self) -> &'static str {
@@ -200,11 +164,6 @@ impl Call {
             Self::NbdServerStop => "nbd-server-stop",
             Self::BlockExportAdd(_) => "block-export-add",
             Self::BlockExportDel { .. } => "block-export-del",
-            Self::Transaction { .. } => "transaction",
-            Self::JobPause { .. } => "job-pause",
-            Self::JobCancel { .. } => "job-cancel",
-            Self::JobDismiss { .. } => "job-dismiss",
-            Self::Cont => "cont",
         }
     }
 
@@ -254,13 +213,6 @@ impl Call {
                 format!("export the node {node_name} as {id}")
             }
             Self::BlockExportDel { id, .. } => format!("end the export {id}"),
-            Self::Transaction { actions: [Action::BlockdevBackup(backup)] } => {
-                format!("begin the backup job {} of {}", backup.job_id, backup.device)
-            }
-            Self::JobPause { id } => format!("pause the job {id}"),
-            Self::JobCancel { id } => format!("cancel the job {id}"),
-            Self::JobDismiss { id } => format!("forget the job {id}"),
-            Self::Cont => "let the virtual CPUs run".into(),
         }
     }
 

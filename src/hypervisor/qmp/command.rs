@@ -7,10 +7,9 @@ use super::{
         BlockDevice, BlockExport, BlockNode, DeviceStatistics, Done, IoThread, Job, Schema, Status,
     },
     call::{
-        Action, Address, Backup, Cache, Call, Discard, ExportEnd, NewExport, NewNode, OnError,
-        Property, Question, Sync,
+        Address, Cache, Call, Discard, ExportEnd, NewExport, NewNode, OnError, Property, Question,
     },
-    names::{DevicePath, ExportId, FilePath, JobId, NodeName, NodeRef, SocketPath},
+    names::{DevicePath, ExportId, FilePath, NodeName, NodeRef, SocketPath},
 };
 use crate::hypervisor::allowed::Allowed;
 
@@ -28,7 +27,7 @@ pub const ALLOWED: &[Allowed] = &[
         why: "the block nodes, to find what an imaged that died has left",
     },
     Allowed { name: "query-blockstats", why: "which node a device uses" },
-    Allowed { name: "query-jobs", why: "progress and errors of the backup job" },
+    Allowed { name: "query-jobs", why: "whether the disk is at another job" },
     Allowed {
         name: "query-iothreads",
         why: "whether a thread of its own may serve the disk, which some QEMUs do not survive",
@@ -54,17 +53,6 @@ pub const ALLOWED: &[Allowed] = &[
     Allowed { name: "nbd-server-stop", why: "unless somebody else's exports are there" },
     Allowed { name: "block-export-add", why: "read-only, named `imaged-…`" },
     Allowed { name: "block-export-del", why: "exports named `imaged-…`, no others" },
-    Allowed {
-        name: "transaction",
-        why: "begins one backup job named `imaged-…` that copies old data before the guest overwrites it, where QEMU is too old for the filter",
-    },
-    Allowed { name: "job-pause", why: "jobs named `imaged-…`, no others" },
-    Allowed { name: "job-cancel", why: "jobs named `imaged-…`, no others" },
-    Allowed { name: "job-dismiss", why: "jobs named `imaged-…`, no others" },
-    Allowed {
-        name: "cont",
-        why: "lets the virtual CPUs run again after an I/O error that imaged has caused",
-    },
 ];
 
 /// Connections that the NBD server takes: some for the snapshot, one for the
@@ -193,11 +181,10 @@ impl Command<Done> {
     }
 
     /// Takes the scratch node `file` as a qcow2. Whatever backing file its
-    /// header names is not opened; `backing` is for the backup job alone,
-    /// which has its reader look through the overlay at the volume.
+    /// header names is not opened.
     #[must_use]
-    pub fn add_overlay(node: NodeName, file: NodeName, backing: Option<NodeRef>) -> Self {
-        Call::BlockdevAdd(NewNode::Qcow2 { node_name: node, file, backing }).into()
+    pub fn add_overlay(node: NodeName, file: NodeName) -> Self {
+        Call::BlockdevAdd(NewNode::Qcow2 { node_name: node, file, backing: None }).into()
     }
 
     /// Begins a snapshot of `file`: the point in time. From now on `target`
@@ -263,47 +250,6 @@ impl Command<Done> {
         Call::BlockExportDel { id, mode: ExportEnd::Hard }.into()
     }
 
-    /// Begins a job that copies to `target` what the guest overwrites in
-    /// `device`: the point in time. A copy that fails fails the guest's write,
-    /// too: the guest's own error policy may then stop the VM.
-    #[must_use]
-    pub fn start_backup(job: JobId, filter: NodeName, device: NodeRef, target: NodeName) -> Self {
-        let backup = Action::BlockdevBackup(Backup {
-            job_id: job,
-            device,
-            target,
-            sync: Sync::None,
-            filter_node_name: filter,
-            auto_dismiss: false,
-        });
-        Call::Transaction { actions: [backup] }.into()
-    }
-
-    /// Pauses a job.
-    #[must_use]
-    pub fn pause_job(id: JobId) -> Self {
-        Call::JobPause { id }.into()
-    }
-
-    /// Begins to end a job, paused or not. It has ended when it is
-    /// `concluded`; then it is to be dismissed.
-    #[must_use]
-    pub fn cancel_job(id: JobId) -> Self {
-        Call::JobCancel { id }.into()
-    }
-
-    /// Forgets a job that has concluded.
-    #[must_use]
-    pub fn dismiss_job(id: JobId) -> Self {
-        Call::JobDismiss { id }.into()
-    }
-
-    /// Lets the virtual CPUs run.
-    #[must_use]
-    pub fn cont() -> Self {
-        Call::Cont.into()
-    }
-
     pub(super) fn begin_session() -> Self {
         Call::QmpCapabilities.into()
     }
@@ -356,8 +302,7 @@ pub(super) mod tests {
             Command::query_exports().call,
             Command::add_scratch(own("imaged-s"), file).call,
             Command::add_bound(own("imaged-b"), own("imaged-s"), 1 << 30).call,
-            Command::add_overlay(own("imaged-o"), own("imaged-s"), None).call,
-            Command::add_overlay(own("imaged-o"), own("imaged-s"), Some(own("boot"))).call,
+            Command::add_overlay(own("imaged-o"), own("imaged-s")).call,
             Command::add_copy_before_write(own("imaged-f"), own("#b1"), own("imaged-o"), timeout)
                 .call,
             Command::add_snapshot_access(own("imaged-a"), own("imaged-f")).call,
@@ -371,11 +316,6 @@ pub(super) mod tests {
             Command::stop_nbd_server().call,
             Command::add_export(own("imaged-e"), own("imaged-a"), AllocationMap::Told).call,
             Command::delete_export(own("imaged-e")).call,
-            Command::start_backup(own("imaged-j"), own("imaged-f"), own("b"), own("imaged-o")).call,
-            Command::pause_job(own("imaged-j")).call,
-            Command::cancel_job(own("imaged-j")).call,
-            Command::dismiss_job(own("imaged-j")).call,
-            Command::cont().call,
         ]
     }
 
@@ -397,7 +337,6 @@ pub(super) mod tests {
         {"execute":"blockdev-add","arguments":{"driver":"file","node-name":"imaged-s","filename":"/scratch/a.qcow2","cache":{"no-flush":true},"discard":"unmap"},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"raw","node-name":"imaged-b","file":"imaged-s","size":1073741824},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"imaged-o","file":"imaged-s","backing":null},"id":1}
-        {"execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"imaged-o","file":"imaged-s","backing":"boot"},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"copy-before-write","node-name":"imaged-f","file":"#b1","target":"imaged-o","on-cbw-error":"break-snapshot","cbw-timeout":30},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"snapshot-access","node-name":"imaged-a","file":"imaged-f"},"id":1}
         {"execute":"blockdev-del","arguments":{"node-name":"imaged-a"},"id":1}
@@ -410,11 +349,6 @@ pub(super) mod tests {
         {"execute":"nbd-server-stop","id":1}
         {"execute":"block-export-add","arguments":{"type":"nbd","id":"imaged-e","name":"imaged-e","node-name":"imaged-a","writable":false,"allocation-depth":true},"id":1}
         {"execute":"block-export-del","arguments":{"id":"imaged-e","mode":"hard"},"id":1}
-        {"execute":"transaction","arguments":{"actions":[{"type":"blockdev-backup","data":{"job-id":"imaged-j","device":"b","target":"imaged-o","sync":"none","filter-node-name":"imaged-f","auto-dismiss":false}}]},"id":1}
-        {"execute":"job-pause","arguments":{"id":"imaged-j"},"id":1}
-        {"execute":"job-cancel","arguments":{"id":"imaged-j"},"id":1}
-        {"execute":"job-dismiss","arguments":{"id":"imaged-j"},"id":1}
-        {"execute":"cont","id":1}
         "##);
     }
 

@@ -27,6 +27,4 @@ pub use codec::Version;
 pub use command::{ALLOWED, AllocationMap, Command};
 pub(super) use connection::{NoGreeting, greet};
 pub use event::{Details, Event, EventKind};
-pub use names::{
-    DevicePath, ExportId, FilePath, JobId, NameError, NodeName, NodeRef, PREFIX, SocketPath,
-};
+pub use names::{DevicePath, ExportId, FilePath, NameError, NodeName, NodeRef, PREFIX, SocketPath};

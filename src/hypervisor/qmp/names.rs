@@ -88,11 +88,6 @@ text!(
     check_own
 );
 text!(
-    /// A job of imaged's own.
-    JobId,
-    check_own
-);
-text!(
     /// Any block node, as QEMU names it, e.g. `#block125`.
     NodeRef,
     check_any

@@ -75,6 +75,11 @@ async fn session<F: Future<Output = ()> + Send + 'static>(
     (qmp, recorder, peer)
 }
 
+/// What no test here waits for.
+fn removal() -> Command<Done> {
+    Command::delete_node("imaged-x".parse().unwrap())
+}
+
 fn report(error: &Error) -> String {
     format!("{}\n{}", error.reason().code(), error.report())
 }
@@ -125,42 +130,43 @@ async fn commands_are_answered_and_recorded() {
 #[tokio::test]
 async fn a_late_answer_is_not_taken_for_another() {
     let (qmp, recorder, peer) = session(async |mut peer: Peer| {
-        let late = peer.expect("cont").await;
+        let late = peer.expect("blockdev-del").await;
         let now = peer.expect("query-status").await;
         peer.done(late, "{}").await;
         peer.done(now, r#"{"running": false, "status": "paused"}"#).await;
     })
     .await;
-    let error = qmp.execute(Command::cont(), soon()).await.unwrap_err();
+    let error = qmp.execute(removal(), soon()).await.unwrap_err();
     assert_eq!(error.reason(), Reason::HypervisorTimeout);
-    assert_eq!(error.to_string(), "QEMU did not let the virtual CPUs run within 0.2 s");
+    assert_eq!(error.to_string(), "QEMU did not remove the node imaged-x within 0.2 s");
     let status = qmp.execute(Command::query_status(), later()).await.unwrap();
     assert_eq!(status.status, "paused");
     peer.await.unwrap();
-    let late =
-        recorder.trace().entries.into_iter().any(|e| e.kind == Kind::Answer && e.name == "cont");
+    let late = recorder
+        .trace()
+        .entries
+        .into_iter()
+        .any(|e| e.kind == Kind::Answer && e.name == "blockdev-del");
     assert!(late, "the late answer is in the recording");
 }
 
 #[tokio::test]
 async fn death_in_the_middle_wakes_every_waiter() {
     let (qmp, _, peer) = session(async |mut peer: Peer| {
-        peer.expect("cont").await;
+        peer.expect("blockdev-del").await;
         peer.expect("query-jobs").await;
     })
     .await;
     let mut events = qmp.events();
-    let (stop, jobs) = tokio::join!(
-        qmp.execute(Command::cont(), later()),
-        qmp.execute(Command::query_jobs(), later()),
-    );
+    let (stop, jobs) =
+        tokio::join!(qmp.execute(removal(), later()), qmp.execute(Command::query_jobs(), later()),);
     assert_eq!(jobs.unwrap_err().reason(), Reason::HypervisorGone);
     insta::assert_snapshot!(report(&stop.unwrap_err()), @r#"
     HYPERVISOR_GONE
-    QEMU can no longer let the virtual CPUs run
+    QEMU can no longer remove the node imaged-x
       0: QEMU has closed the connection
     "#);
-    let after = qmp.execute(Command::cont(), later()).await.unwrap_err();
+    let after = qmp.execute(removal(), later()).await.unwrap_err();
     assert_eq!(after.reason(), Reason::HypervisorGone);
     let Observed::Ended(error) = events.next().await else { panic!() };
     assert_eq!(error.reason(), Reason::HypervisorGone);
@@ -203,7 +209,7 @@ async fn a_flood_of_events_neither_blocks_nor_hides() {
         peer.say(r#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}}"#)
             .await;
         peer.done(id, "[]").await;
-        peer.expect("cont").await;
+        peer.expect("blockdev-del").await;
     })
     .await;
     let mut events = qmp.events();
@@ -221,7 +227,7 @@ async fn a_flood_of_events_neither_blocks_nor_hides() {
     assert_eq!(last.kind, EventKind::Shutdown);
     assert_eq!(last.details.reason.as_deref(), Some("guest-shutdown"));
     assert_eq!(recorder.trace().dropped.events, 2001 - 256);
-    let _ = qmp.execute(Command::cont(), soon()).await;
+    let _ = qmp.execute(removal(), soon()).await;
     peer.await.unwrap();
 }
 
@@ -244,12 +250,12 @@ async fn what_is_no_qmp_ends_the_session() {
         ["SSH-2.0", r#"{"return": {}}"#, r#"{"error": {"class": "c", "desc": "d"}}"#, GREETING]
     {
         let (qmp, _, peer) = session(async move |mut peer: Peer| {
-            peer.expect("cont").await;
+            peer.expect("blockdev-del").await;
             peer.say(odd).await;
             std::future::pending().await
         })
         .await;
-        let error = qmp.execute(Command::cont(), later()).await.unwrap_err();
+        let error = qmp.execute(removal(), later()).await.unwrap_err();
         assert_eq!(error.reason(), Reason::HypervisorUnavailable, "{odd}: {error:?}");
         peer.abort();
     }
