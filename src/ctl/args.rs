@@ -158,7 +158,7 @@ pub(super) struct ImageCreate {
     /// Make no image: do to the running instance what making one does, watch
     /// it for a minute, and tell what an image would cost.
     #[arg(long, requires = "instance_id", conflicts_with_all = [
-        "compartment_id", "display_name", "freeform_tags", "launch_mode", "compression",
+        "boot_volume", "compartment_id", "display_name", "freeform_tags", "launch_mode", "compression",
         "on_read_error",
     ])]
     pub rehearse: bool,

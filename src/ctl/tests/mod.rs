@@ -239,6 +239,13 @@ fn a_watch_survives_connections_that_break_and_streams_that_end() {
 }
 
 #[test]
+fn only_an_instance_is_rehearsed() {
+    let ran = run(Path::new("/nowhere"), "image create --rehearse --boot-volume /dev/vdb");
+    assert_eq!(ran.exit, Exit::Usage);
+    insta::assert_snapshot!(ran.err.lines().next().unwrap_or_default(), @"error: the argument '--rehearse' cannot be used with '--boot-volume <PATH>'");
+}
+
+#[test]
 fn a_verified_image_is_intact() {
     let verified = pb::WorkRequest {
         operation_type: pb::work_request::OperationType::VerifyImage.into(),

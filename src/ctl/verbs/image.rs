@@ -278,8 +278,12 @@ async fn waited(
         Wait { client: &client, work_request_id: &work.id, until, limit, first_pause: FIRST_PAUSE };
     match wait.run(&mut Progress::on(session.console)).await {
         Ok(ended) => Ok(ended),
+        // A script still learns what it asked for; a person has seen how far
+        // it got.
         Err(failure) => {
-            work_request::print(session, &work)?;
+            if session.output == Output::Json {
+                work_request::print(session, &work)?;
+            }
             Err(failure)
         }
     }
