@@ -140,7 +140,7 @@ impl Command<String> {
 }
 
 impl Command<Vec<Job>> {
-    /// All jobs, not only imaged's.
+    /// All jobs: imaged has none of its own.
     #[must_use]
     pub fn query_jobs() -> Self {
         Call::QueryJobs.into()

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 pub const PREFIX: &str = "imaged-";
 
 /// QEMU's buffer for a node's name has 32 bytes with its NUL
-/// (`BlockDriverState.node_name`). Longer ids would do for jobs and exports;
+/// (`BlockDriverState.node_name`). Longer ids would do for exports;
 /// one rule is enough.
 const MAX_NAME: usize = 31;
 
