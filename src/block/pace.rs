@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use crate::port::Pace;
 
-/// What may be saved up beside what is asked for: so much time of the pace. What
-/// is read at once, a guest waits for at once: at 32 MiB/s, bursts of 125 ms
-/// made one of twenty writes of a guest 5 ms longer.
+/// What may be saved up beside what is asked for: so much time of the pace.
+/// What is read at once, a guest waits for at once: at 32 MiB/s, bursts of
+/// 125 ms made one of twenty writes of a guest 5 ms longer.
 const BURST: Duration = Duration::from_millis(8);
 
 /// What may be read by now.
@@ -33,6 +33,7 @@ impl Budget {
         let Some(per_second) = self.pace.get() else { return Duration::ZERO };
         let lacking = bytes.saturating_sub(self.left);
         let micros = u128::from(lacking) * 1_000_000 / u128::from(per_second.max(1));
+        // Twelve days at most, for an extent at a byte a second: no overflow.
         let earned = self.since + Duration::from_micros(u64::try_from(micros).unwrap_or(u64::MAX));
         earned.saturating_duration_since(Instant::now())
     }

@@ -261,8 +261,7 @@ async fn rehearse(mut session: Session<'_, '_>, args: ImageCreate) -> Result<(),
     }
 }
 
-/// Waits for `work`, and returns it as it is then. Where the wait fails, what
-/// was accepted is printed: a script still learns what it asked for.
+/// Waits for `work`, and returns it as it is then.
 async fn waited(
     session: &mut Session<'_, '_>,
     work: pb::WorkRequest,
