@@ -15,6 +15,7 @@ mod capture;
 mod driver;
 mod governor;
 mod live;
+mod order;
 mod preflight;
 mod recover;
 mod registry;
@@ -23,18 +24,16 @@ mod tracker;
 mod verify;
 mod watchdog;
 
-use std::{
-    collections::BTreeMap,
-    num::NonZeroUsize,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::{Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::registry::Registry;
+pub use self::order::{CreateImage, RehearseImage, Source, VerifyImage};
+use self::{
+    order::{check_name, check_path, compact, fingerprint, retry},
+    registry::Registry,
+};
 pub use crate::catalogue::Listed;
 use crate::{
     catalogue::Catalogue,
@@ -42,7 +41,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         ByteSize, CompartmentId, ImageId, WorkRequestId,
-        image::{Compression, Consistency, Image, ImageState, LaunchMode, Origin, Record},
+        image::{Consistency, Image, ImageState, Origin, Record},
         instance::{Instance, OperatingSystem, PowerState},
         live::Mode,
         trace::Trace,
@@ -104,62 +103,6 @@ pub struct Burden {
     pub read_rate: Option<ByteSize>,
     /// How long its disk's operations may take, in percent of what is usual.
     pub latency_percent: u16,
-}
-
-/// An order for an image.
-#[derive(Debug, Clone)]
-pub struct CreateImage {
-    /// What to image.
-    pub source: Source,
-    /// Where the image belongs; none: where the source does.
-    pub compartment_id: Option<CompartmentId>,
-    /// None: `image` and the time.
-    pub display_name: Option<String>,
-    /// Free-form tags.
-    pub freeform_tags: BTreeMap<String, String>,
-    /// How instances are to be launched from it.
-    pub launch_mode: LaunchMode,
-    /// How its clusters are compressed.
-    pub compression: Compression,
-    /// How the point in time of a running instance is taken.
-    pub mode: Mode,
-    /// Makes asking twice asking once.
-    pub retry_token: Option<String>,
-    /// Who asks.
-    pub requested_by: String,
-}
-
-/// What to image.
-#[derive(Debug, Clone)]
-pub enum Source {
-    /// The boot volume of an instance, by OCID or name.
-    Instance(String),
-    /// A volume that belongs to no instance.
-    BootVolume(PathBuf),
-}
-
-/// An order to verify an image.
-#[derive(Debug, Clone)]
-pub struct VerifyImage {
-    /// Which.
-    pub image_id: ImageId,
-    /// Makes asking twice asking once.
-    pub retry_token: Option<String>,
-    /// Who asks.
-    pub requested_by: String,
-}
-
-/// An order to try what an image of a running instance would cost.
-#[derive(Debug, Clone)]
-pub struct RehearseImage {
-    /// OCID or name.
-    pub instance: String,
-    /// How the point in time is taken.
-    pub mode: Mode,
-    /// Makes asking twice asking once.
-    pub retry_token: Option<String>,
-    /// Who asks.
-    pub requested_by: String,
 }
 
 /// The work of one daemon. Clones share it.
@@ -585,64 +528,4 @@ async fn resolve(path: PathBuf) -> PathBuf {
         Ok(Ok(resolved)) => resolved,
         _ => path,
     }
-}
-
-fn check_path(path: &Path) -> Result<PathBuf> {
-    if path.is_absolute() {
-        return Ok(path.to_owned());
-    }
-    let context = format!("{:?} is not an absolute path", path.display().to_string());
-    Err(Error::new(Reason::InvalidParameter, context)
-        .advice("name the volume from the root on, e.g. /dev/vg0/web-1")
-        .field("boot_volume"))
-}
-
-/// OCI: 1 to 255 characters. Control characters would forge log lines.
-fn check_name(name: Option<&str>) -> Result<()> {
-    let wrong = match name {
-        None => return Ok(()),
-        Some("") => "is empty",
-        Some(name) if name.chars().count() > 255 => "is longer than 255 characters",
-        Some(name) if name.chars().any(char::is_control) => "has control characters",
-        Some(_) => return Ok(()),
-    };
-    Err(Error::new(Reason::InvalidParameter, format!("the display name {wrong}"))
-        .advice("give 1 to 255 printable characters, or none to have one made")
-        .field("display_name"))
-}
-
-/// `2026-11-21T08:45:16.000Z` without what file names and shells dislike.
-fn compact(time: &str) -> String {
-    time.chars().take(19).filter(|c| *c != '-' && *c != ':').collect()
-}
-
-/// What the order says, whoever sends it: two orders with one retry token
-/// must be the same.
-fn fingerprint(wanted: &CreateImage) -> String {
-    let CreateImage {
-        source,
-        compartment_id,
-        display_name,
-        freeform_tags,
-        launch_mode,
-        compression,
-        mode,
-        retry_token: _,
-        requested_by: _,
-    } = wanted;
-    format!(
-        "create {source:?} {compartment_id:?} {display_name:?} {freeform_tags:?} {launch_mode} \
-         {compression} {mode:?}"
-    )
-}
-
-/// Tokens are each user's own: `uid 1000`, without the name, which a slow
-/// directory service may fail to tell the next time.
-fn retry(token: &Option<String>, requested_by: &str, words: &str) -> Option<Retry> {
-    let user = requested_by.split(" (").next().unwrap_or(requested_by);
-    token.as_ref().map(|token| Retry {
-        user: user.to_owned(),
-        token: token.clone(),
-        fingerprint: blake3::hash(words.as_bytes()).to_string(),
-    })
 }
