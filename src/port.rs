@@ -315,7 +315,7 @@ pub trait Upload: Send + Sync + fmt::Debug {
     /// # Errors
     ///
     /// `STORE_FULL`, `STORE_UNAVAILABLE`.
-    fn put(&self, part: Part) -> BoxFuture<'_, Result<()>>;
+    fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<()>>;
     /// Makes the image exist: everything durable, then the manifest, last.
     /// All parts must have been put. After an error nothing is visible, and
     /// the upload is to be aborted.
@@ -344,24 +344,37 @@ pub struct Part {
     pub number: u32,
     /// Offset of its first byte in the object.
     pub offset: u64,
-    /// Its bytes. Dropping them gives the buffer back to the encoder.
-    /// Aligned for direct writes: see [`crate::sys::aligned`].
-    pub body: Box<dyn AsRef<[u8]> + Send + Sync>,
+    /// Its length.
+    pub size: ByteSize,
+    /// Its bytes. Dropping them gives the memory back to the encoder.
+    pub body: Box<dyn Body>,
     /// SHA-256 of the body.
     pub sha256: ObjectDigest,
 }
 
+/// Bytes in memory, in pieces.
+pub trait Body: Send + Sync {
+    /// Piece `index`, from 0; `None` behind the last. None is empty. Aligned
+    /// for direct writes, each and its length, but for the last piece's
+    /// length: see [`crate::sys::aligned`].
+    fn piece(&self, index: usize) -> Option<&[u8]>;
+}
+
+/// The pieces of `body`, in order.
+pub fn pieces(body: &dyn Body) -> impl Iterator<Item = &[u8]> {
+    (0..).map_while(|index| body.piece(index))
+}
+
 impl fmt::Debug for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Part({}, {} bytes at {})", self.number, self.bytes().len(), self.offset)
+        write!(f, "Part({}, {} at {})", self.number, self.size, self.offset)
     }
 }
 
 impl Part {
-    /// The bytes of the part.
-    #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        (*self.body).as_ref()
+    /// The bytes of the part, in order.
+    pub fn pieces(&self) -> impl Iterator<Item = &[u8]> {
+        pieces(&*self.body)
     }
 }
 

@@ -6,7 +6,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     extent::{CLUSTERS, Encoded, EncodedExtent},
-    window::{FullPart, SpareParts, Window},
+    plan::PartPlan,
+    window::{FullPart, SpareMemory, Window},
 };
 use crate::{
     format::qcow2::{
@@ -58,14 +59,14 @@ impl<'a> Assembler<'a> {
     pub(super) fn new(
         volume: ByteSize,
         compression: Compression,
-        spare: &SpareParts,
+        spare: &SpareMemory,
         stop: &'a CancellationToken,
     ) -> Self {
         let virtual_size = qcow2::virtual_size(volume.get());
         Self {
             virtual_size,
             layout: Layout::new(virtual_size, compression),
-            window: Window::new(spare, stop),
+            window: Window::new(PartPlan::for_volume(volume), spare, stop),
             next: 0,
             early: BTreeMap::new(),
             // At once, because growing would take twice as much for a moment.
@@ -89,12 +90,9 @@ impl<'a> Assembler<'a> {
 
     /// Goes on by one extent or one part.
     pub(super) fn step(&mut self) -> Step {
-        let end = self.window.next_end();
-        if self.layout.tail() >= end {
-            self.layout.settle(end, &mut self.window);
-            if self.layout.settled() >= end
-                && let Some(part) = self.window.pop()
-            {
+        if self.window.is_due(self.layout.tail()) {
+            self.layout.settle(self.layout.tail(), &mut self.window);
+            if let Some(part) = self.window.cut(self.layout.settled()) {
                 return Step::Full(part);
             }
         }

@@ -17,6 +17,7 @@
 
 mod assembler;
 mod extent;
+pub mod plan;
 #[cfg(test)]
 mod tests;
 pub mod verify;
@@ -32,7 +33,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-pub use self::window::SpareParts;
+pub use self::window::SpareMemory;
 use self::{
     assembler::{Assembler, Step},
     window::FullPart,
@@ -44,7 +45,7 @@ use crate::{
         ByteSize,
         image::{Compression, ContentDigest, EXTENT_SIZE, ObjectDigest, StoredPart},
     },
-    port::{Part, Piece},
+    port::{Part, Piece, pieces},
     sys,
 };
 
@@ -61,7 +62,7 @@ pub struct Settings {
     /// because a hypervisor's cores are sold.
     pub threads: NonZeroUsize,
     /// Memory that this image shares with those that are encoded at once.
-    pub spare: SpareParts,
+    pub spare: SpareMemory,
 }
 
 /// The digest of an object that is in memory.
@@ -92,7 +93,8 @@ pub struct Encoded {
 /// ended and all parts were taken.
 ///
 /// Blocks, and lowers the priority of its thread: call it on a thread of its
-/// own. At most two part buffers, the spare ones and the first part are alive.
+/// own. The memory of the first part, of the open one and of two more is alive, less
+/// when others are encoded at once.
 ///
 /// # Errors
 ///
@@ -253,8 +255,10 @@ impl Outlet<'_> {
     /// Hashes a part and waits until someone takes it.
     fn send(&self, part: FullPart) -> Result<()> {
         self.check()?;
-        let sha256 = ObjectDigest(Sha256::digest(part.bytes()).into());
-        let size = ByteSize(part.bytes().len() as u64);
+        let mut sha256 = Sha256::new();
+        pieces(&part).for_each(|piece| sha256.update(piece));
+        let sha256 = ObjectDigest(sha256.finalize().into());
+        let size = ByteSize(part.size);
         let index = part.number as usize - 1;
         {
             let mut digests = lock(&self.digests);
@@ -264,7 +268,7 @@ impl Outlet<'_> {
             digests[index] = Some(StoredPart { size, sha256 });
         }
         let (number, offset) = (part.number, part.offset);
-        let part = Part { number, offset, body: Box::new(part), sha256 };
+        let part = Part { number, offset, size, body: Box::new(part), sha256 };
         self.parts.blocking_send(part).map_err(|_| canceled())
     }
 

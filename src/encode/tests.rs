@@ -68,7 +68,7 @@ fn settings(volume: &[u8], compression: Compression, threads: usize) -> Settings
         volume_size: ByteSize(volume.len() as u64),
         compression,
         threads: NonZeroUsize::new(threads).unwrap(),
-        spare: SpareParts::default(),
+        spare: SpareMemory::default(),
     }
 }
 
@@ -98,10 +98,16 @@ fn encode(volume: &[u8], compression: Compression, threads: usize) -> (Object, E
         let mut object = Vec::new();
         let mut last = 0;
         while let Some(part) = parts.blocking_recv() {
-            let (start, bytes) = (part.offset as usize, part.bytes());
-            assert_eq!(bytes.as_ptr() as usize % sys::aligned::ALIGNMENT, 0);
-            object.resize(object.len().max(start + bytes.len()), 0);
-            object[start..start + bytes.len()].copy_from_slice(bytes);
+            let mut start = part.offset as usize;
+            let end = start + part.size.get() as usize;
+            object.resize(object.len().max(end), 0);
+            for piece in part.pieces() {
+                let aligned = |number: usize| number % sys::aligned::ALIGNMENT == 0;
+                assert!(aligned(piece.as_ptr() as usize) && aligned(start));
+                object[start..start + piece.len()].copy_from_slice(piece);
+                start += piece.len();
+            }
+            assert_eq!(start, end);
             last = part.number;
         }
         assert_eq!(last, 1, "the part with the header comes last");
@@ -227,7 +233,7 @@ fn who_takes_no_parts_ends_the_encoding() {
         volume_size: ByteSize::gib(1),
         compression: Compression::None,
         threads: NonZeroUsize::MIN,
-        spare: SpareParts::default(),
+        spare: SpareMemory::default(),
     };
     let error =
         run(&settings, pieces, parts_in, &Meter::default(), &CancellationToken::new()).unwrap_err();

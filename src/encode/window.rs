@@ -1,143 +1,187 @@
-//! The parts of the object that are still being filled.
+//! The part of the object that is being filled, and the memory of all parts.
+//!
+//! A part ends where nothing below changes any more, at the first such place
+//! behind the size that the plan gives it, so that nothing but a few bytes
+//! (`carry`) goes over into the next one. Its memory is a run of segments:
+//! parts differ in size, their segments do not.
+//!
+//! ```text
+//!          start                            end          settled
+//!   ─ part n ─┼── segment ──┼── segment ──┼──┼─ carry (< 4 KiB) ─┤
+//! ```
 
 use std::{
-    collections::VecDeque,
-    fmt,
+    mem,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     },
     time::Duration,
 };
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{format::qcow2::layout::Emit, sys::aligned::AlignedBuf};
+use super::plan::PartPlan;
+use crate::{
+    format::qcow2::layout::Emit,
+    port::Body,
+    sys::aligned::{ALIGNMENT, AlignedBuf},
+};
 
-/// Bytes of the first part, which waits in memory for the header. Above the
-/// 5 MiB that object stores demand of every part but the last.
-pub(super) const FIRST_PART: u64 = 16 << 20;
-/// Bytes of every other part but the last.
-pub(super) const PART: u64 = 8 << 20;
-/// Buffers for these that each image has for itself: one being filled, and
-/// one that a table or a cluster may spill into, or that is on its way out.
-pub(super) const OWN: usize = 2;
-/// Buffers that all images share: a lone one has one more being hashed and
-/// one more on its way to the store.
-const SPARE: usize = 2;
+/// Bytes of a segment: a huge page, which a direct write sends as one piece.
+const SEGMENT: usize = 2 << 20;
 
-/// The buffers that images which are encoded at once share, so that the
-/// memory of all of them is bounded. Clones share them.
-#[derive(Debug, Clone)]
-pub struct SpareParts(Arc<AtomicUsize>);
+/// Segments of a part of `size` bytes at least: it ends behind the extent
+/// that filled it, with the tables that the extent completed.
+const fn segments(size: u64) -> usize {
+    (size as usize).div_ceil(SEGMENT) + 1
+}
 
-impl Default for SpareParts {
-    fn default() -> Self {
-        Self(Arc::new(AtomicUsize::new(SPARE)))
+/// The segment of a part that holds its byte `offset`, and where.
+const fn place(offset: u64) -> (usize, usize) {
+    ((offset / SEGMENT as u64) as usize, offset as usize % SEGMENT)
+}
+
+/// The memory that images which are encoded at once share, beside what each
+/// has for the part that it fills: so that a lone one has two parts on their
+/// way to the store, and all together are bounded. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct SpareMemory(
+    /// Segments that are lent.
+    Arc<AtomicUsize>,
+);
+
+impl SpareMemory {
+    /// Takes a segment, unless `most` are lent.
+    fn take(&self, most: usize) -> bool {
+        let more = |lent: usize| (lent < most).then_some(lent + 1);
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
     }
 }
 
-impl SpareParts {
-    fn take(&self) -> bool {
-        self.0
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
-            .is_ok()
-    }
-}
-
-/// Open parts in order, beginning at the first byte that is not settled.
+/// The open part, and the first one, which waits for the header.
 #[derive(Debug)]
 pub(super) struct Window<'a> {
-    /// The first part, kept to the end.
-    first: AlignedBuf,
-    /// The others that are open.
-    open: VecDeque<Buffer>,
-    /// Parts but the first that have left.
-    gone: u32,
+    plan: PartPlan,
+    first: Option<FullPart>,
+    /// Of the open part, from 1.
+    number: u32,
+    /// Offset of its first byte in the object.
+    start: u64,
+    /// Its memory so far.
+    segments: Vec<Segment>,
+    /// Its first bytes, while it has no memory: who closes a part must not
+    /// wait for what only that part can give back.
+    carry: Vec<u8>,
     pool: Pool<'a>,
 }
 
 /// A part on its way out.
+#[derive(Debug)]
 pub(super) struct FullPart {
     /// From 1.
     pub number: u32,
     /// Of its first byte in the object.
     pub offset: u64,
-    buffer: Buffer,
-    len: usize,
+    /// Its length.
+    pub size: u64,
+    segments: Vec<Segment>,
 }
 
-impl FullPart {
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.buffer.memory()[..self.len]
-    }
-}
-
-impl AsRef<[u8]> for FullPart {
-    fn as_ref(&self) -> &[u8] {
-        self.bytes()
-    }
-}
-
-impl fmt::Debug for FullPart {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "FullPart({})", self.number)
+impl Body for FullPart {
+    fn piece(&self, index: usize) -> Option<&[u8]> {
+        let begin = index * SEGMENT;
+        let len = (self.size as usize).checked_sub(begin)?.min(SEGMENT);
+        self.segments.get(index).filter(|_| len > 0).map(|segment| &segment.memory()[..len])
     }
 }
 
 impl<'a> Window<'a> {
-    pub(super) fn new(spare: &SpareParts, stop: &'a CancellationToken) -> Self {
+    pub(super) fn new(plan: PartPlan, spare: &SpareMemory, stop: &'a CancellationToken) -> Self {
         Self {
-            first: AlignedBuf::zeroed(FIRST_PART as usize),
-            open: VecDeque::new(),
-            gone: 0,
+            plan,
+            first: None,
+            number: 1,
+            start: 0,
+            segments: Vec::new(),
+            carry: Vec::new(),
             pool: Pool::new(spare.clone(), stop),
         }
     }
 
-    /// Offset in the object below which everything must be settled for
-    /// [`Self::pop`] to be right.
-    pub(super) fn next_end(&self) -> u64 {
-        FIRST_PART + (u64::from(self.gone) + 1) * PART
+    /// Whether the open part is as large as planned when the object goes on
+    /// to `tail`.
+    pub(super) fn is_due(&self, tail: u64) -> bool {
+        tail.saturating_sub(self.start) >= self.plan.size(self.number)
     }
 
-    /// Takes the oldest part but the first.
-    pub(super) fn pop(&mut self) -> Option<FullPart> {
-        let buffer = self.open.pop_front()?;
-        let offset = self.next_end() - PART;
-        self.gone += 1;
-        Some(FullPart { number: self.gone + 1, offset, buffer, len: PART as usize })
+    /// Ends the open part below `settled`, where nothing changes any more. It
+    /// is kept when it is the first; `None` when it would be too small, too.
+    pub(super) fn cut(&mut self, settled: u64) -> Option<FullPart> {
+        let end = settled - settled % ALIGNMENT as u64;
+        if !self.is_due(end) {
+            return None;
+        }
+        let (index, from) = place(end - self.start);
+        let mut carry = Vec::new();
+        if let Some(last) = self.segments.get(index) {
+            // Less than a page, which no segment's end divides.
+            carry.extend_from_slice(&last.memory()[from..from + (settled - end) as usize]);
+        }
+        let part = self.close(end - self.start);
+        self.carry = carry;
+        match part.number {
+            1 => {
+                self.first = Some(part);
+                None
+            }
+            _ => Some(part),
+        }
     }
 
     /// Takes all that is left of an object of `size` bytes, the first part
     /// last.
     pub(super) fn finish(mut self, size: u64) -> Vec<FullPart> {
-        let mut parts = Vec::new();
-        while let Some(mut part) = self.pop() {
-            part.len = part.len.min(size.saturating_sub(part.offset) as usize);
-            if part.len > 0 {
-                parts.push(part);
-            }
+        if !self.carry.is_empty() {
+            self.segment(0);
         }
-        let len = size.min(FIRST_PART) as usize;
-        let buffer = Buffer { memory: Some(self.first), home: None };
-        parts.push(FullPart { number: 1, offset: 0, buffer, len });
-        parts
+        let last = self.close(size.saturating_sub(self.start));
+        let last = Some(last).filter(|part| part.size > 0);
+        last.into_iter().chain(self.first).collect()
     }
 
-    /// The open memory at `offset`, to the end of its part.
+    /// Ends the open part after so many bytes.
+    fn close(&mut self, size: u64) -> FullPart {
+        let (number, offset) = (self.number, self.start);
+        self.number += 1;
+        self.start += size;
+        FullPart { number, offset, size, segments: mem::take(&mut self.segments) }
+    }
+
+    /// Segment `index` of the open part.
+    fn segment(&mut self, index: usize) -> &mut [u8] {
+        while self.segments.len() <= index {
+            let mut segment = self.pool.take(segments(self.plan.size(self.number)));
+            if self.segments.is_empty() {
+                let carry = mem::take(&mut self.carry);
+                segment.memory_mut()[..carry.len()].copy_from_slice(&carry);
+            }
+            self.segments.push(segment);
+        }
+        self.segments[index].memory_mut()
+    }
+
+    /// The memory at `offset`, to the end of its segment.
     fn memory(&mut self, offset: u64) -> &mut [u8] {
-        if offset < FIRST_PART {
-            return &mut self.first[offset as usize..];
+        if offset >= self.start {
+            let (index, from) = place(offset - self.start);
+            return &mut self.segment(index)[from..];
         }
-        let behind = offset - FIRST_PART;
-        let index = (behind / PART) as usize - self.gone as usize;
-        while self.open.len() <= index {
-            let buffer = self.pool.take();
-            self.open.push_back(buffer);
-        }
-        &mut self.open[index].memory_mut()[(behind % PART) as usize..PART as usize]
+        // Only the header comes so late.
+        let (index, from) = place(offset);
+        let first = self.first.as_mut().and_then(|first| first.segments.get_mut(index));
+        first.map(|segment| &mut segment.memory_mut()[from..]).unwrap_or_default()
     }
 }
 
@@ -153,15 +197,15 @@ impl Emit for Window<'_> {
     }
 }
 
-/// A buffer that goes back to its pool when it is dropped.
+/// Memory that goes back to its pool when it is dropped.
 #[derive(Debug)]
-struct Buffer {
+struct Segment {
     /// There until it is dropped.
     memory: Option<AlignedBuf>,
-    home: Option<SyncSender<AlignedBuf>>,
+    home: Option<Sender<AlignedBuf>>,
 }
 
-impl Buffer {
+impl Segment {
     fn memory(&self) -> &[u8] {
         self.memory.as_deref().unwrap_or_default()
     }
@@ -171,74 +215,74 @@ impl Buffer {
     }
 }
 
-impl Drop for Buffer {
+impl Drop for Segment {
     fn drop(&mut self) {
         if let (Some(memory), Some(home)) = (self.memory.take(), self.home.take()) {
-            // Never full: there are as many places as buffers. Nobody there
-            // any more: the memory is freed.
-            let _ = home.try_send(memory);
+            // Nobody there any more: the memory is freed.
+            let _ = home.send(memory);
         }
     }
 }
 
 #[derive(Debug)]
 struct Pool<'a> {
-    home: SyncSender<AlignedBuf>,
+    home: Sender<AlignedBuf>,
+    /// As many at most as were made.
     returned: Receiver<AlignedBuf>,
-    /// Of its own, how many it may still make.
+    /// Segments that it has made of its own.
     own: usize,
-    /// How many spare ones it has.
+    /// Spare ones that it has.
     lent: usize,
-    spare: SpareParts,
+    spare: SpareMemory,
     stop: &'a CancellationToken,
 }
 
 impl<'a> Pool<'a> {
-    fn new(spare: SpareParts, stop: &'a CancellationToken) -> Self {
-        let (home, returned) = sync_channel(OWN + SPARE);
-        Self { home, returned, own: OWN, lent: 0, spare, stop }
+    fn new(spare: SpareMemory, stop: &'a CancellationToken) -> Self {
+        let (home, returned) = channel();
+        Self { home, returned, own: 0, lent: 0, spare, stop }
     }
 
-    /// Whether one more buffer may be made: it then counts.
-    fn grow(&mut self) -> bool {
-        if self.own > 0 {
-            self.own -= 1;
+    /// Whether one more segment may be made, for an image whose parts have
+    /// `each`: it then counts. Of its own it has the first part's, the open
+    /// part's, and one more for the tables at the end.
+    fn grow(&mut self, each: usize) -> bool {
+        if self.own < segments(super::plan::SMALL) + each + 1 {
+            self.own += 1;
             return true;
         }
-        let lent = self.spare.take();
+        let lent = self.spare.take(2 * each);
         self.lent += usize::from(lent);
         lent
     }
 
-    /// A buffer with any contents; waits for the store to give one back.
+    /// A segment with any contents, for an image whose parts have `each`;
+    /// waits for the store to give one back.
     ///
     /// Who waits holds no full part, so those who do can send theirs.
-    fn take(&mut self) -> Buffer {
+    fn take(&mut self, each: usize) -> Segment {
         let home = Some(self.home.clone());
         loop {
             let memory = match self.returned.try_recv() {
                 Ok(memory) => memory,
-                Err(_) if self.grow() => AlignedBuf::zeroed(PART as usize),
+                Err(_) if self.grow(each) => AlignedBuf::zeroed(SEGMENT),
                 Err(_) => match self.returned.recv_timeout(Duration::from_millis(100)) {
                     Ok(memory) => memory,
                     // Everything ends: what is written now is thrown away,
-                    // and the buffer freed.
+                    // and the memory freed.
                     Err(RecvTimeoutError::Timeout) if self.stop.is_cancelled() => {
-                        return Buffer {
-                            memory: Some(AlignedBuf::zeroed(PART as usize)),
-                            home: None,
-                        };
+                        return Segment { memory: Some(AlignedBuf::zeroed(SEGMENT)), home: None };
                     }
                     Err(_) => continue,
                 },
             };
-            return Buffer { memory: Some(memory), home };
+            return Segment { memory: Some(memory), home };
         }
     }
 }
 
 impl Drop for Pool<'_> {
     fn drop(&mut self) {
-        self.spare.0.fetch_add(self.lent, Ordering::Relaxed);
+        self.spare.0.fetch_sub(self.lent, Ordering::Relaxed);
     }
 }

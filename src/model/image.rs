@@ -15,9 +15,8 @@ use super::{
 /// content digest and of reordering.
 pub const EXTENT_SIZE: u64 = ByteSize::MIB;
 
-/// Largest volume that can be imaged. Its object has at most 131,200 parts of
-/// 8 MiB, tables included, which fill 15 of the 16 MiB that a manifest may
-/// have: what is larger would be refused when all of it has been read.
+/// Largest volume that can be imaged. Its object fits in the 10,000 parts that
+/// object stores take, the largest of which have 201 MiB.
 pub const MAX_VOLUME_SIZE: ByteSize = ByteSize::gib(1024);
 
 /// An image at some moment of its life.

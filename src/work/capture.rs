@@ -344,8 +344,8 @@ async fn put_all(
         tokio::select! {
             part = parts.recv(), if more && puts.len() < PUTS => match part {
                 Some(part) => {
-                    let bytes = part.bytes().len() as u64;
-                    puts.push(async move { upload.put(part).await.map(|()| bytes) });
+                    let bytes = part.size.get();
+                    puts.push(async move { upload.put(Arc::new(part)).await.map(|()| bytes) });
                 }
                 None => more = false,
             },

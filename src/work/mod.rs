@@ -37,7 +37,7 @@ use self::{
 pub use crate::catalogue::Listed;
 use crate::{
     catalogue::Catalogue,
-    encode::SpareParts,
+    encode::SpareMemory,
     error::{Error, Reason, Result},
     model::{
         ByteSize, CompartmentId, ImageId, WorkRequestId,
@@ -118,7 +118,7 @@ struct Inner {
     /// Places for work that runs.
     places: Arc<Semaphore>,
     /// Memory that captures share.
-    spare: SpareParts,
+    spare: SpareMemory,
     tasks: TaskTracker,
     /// Cancelled when the daemon stops.
     closing: CancellationToken,
@@ -146,7 +146,7 @@ impl Work {
             catalogue,
             registry,
             places: Arc::new(Semaphore::new(settings.max_captures.get())),
-            spare: SpareParts::default(),
+            spare: SpareMemory::default(),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
             ports,

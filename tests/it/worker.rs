@@ -132,8 +132,9 @@ fn image(compression: Compression) -> Image {
         let mut object = Vec::new();
         while let Some(part) = parts.blocking_recv() {
             let start = usize::try_from(part.offset).unwrap();
-            object.resize(object.len().max(start + part.bytes().len()), 0);
-            object[start..start + part.bytes().len()].copy_from_slice(part.bytes());
+            let bytes = part.pieces().collect::<Vec<_>>().concat();
+            object.resize(object.len().max(start + bytes.len()), 0);
+            object[start..start + bytes.len()].copy_from_slice(&bytes);
         }
         let encoded = encoding.join().unwrap().unwrap();
         let stored = Stored {

@@ -37,6 +37,19 @@ pub trait Emit {
     fn emit(&mut self, offset: u64, bytes: &[u8]);
 }
 
+/// Most bytes that an image of a volume of `virtual_size` bytes can have: no
+/// guest cluster takes more than one host cluster.
+#[must_use]
+pub const fn largest_object(virtual_size: u64) -> u64 {
+    let data = virtual_size.div_ceil(CLUSTER_SIZE);
+    let l2 = data.div_ceil(L2_ENTRIES);
+    let l1 = l2.div_ceil(L2_ENTRIES);
+    let counted = 1 + data + l2 + l1;
+    // Blocks count themselves and their table: one more than for the rest.
+    let blocks = counted.div_ceil(REFCOUNTS_PER_BLOCK - 1) + 1;
+    (counted + blocks + blocks.div_ceil(L2_ENTRIES)) * CLUSTER_SIZE
+}
+
 /// The growing layout of one image.
 #[derive(Debug)]
 pub struct Layout {
@@ -428,6 +441,7 @@ mod tests {
                 end = offset + len;
             }
             prop_assert_eq!(end, finished.object_size);
+            prop_assert!(end <= largest_object(clusters * CLUSTER_SIZE));
             check_refcounts(&disk, &finished, clusters);
         }
     }

@@ -120,7 +120,7 @@ impl DirectoryUpload {
 }
 
 impl Upload for DirectoryUpload {
-    fn put(&self, part: Part) -> BoxFuture<'_, Result<()>> {
+    fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             let threads = &self.store.threads;
             let stage = threads.within(BYTES, Arc::clone(&self.stage).read_owned()).await?;
@@ -183,9 +183,8 @@ impl Stage {
 
 impl Open {
     fn put(&self, store: &Store, id: &ImageId, part: &Part) -> Result<()> {
-        let (number, bytes) = (part.number, part.bytes());
+        let (number, size) = (part.number, part.size);
         let path = self.dir.path_of(OBJECT);
-        let size = ByteSize(bytes.len() as u64);
         let context = || format!("cannot write part {number} of {}", path.display());
         // A filesystem that went away, or an object that was removed, would
         // take the bytes without a word.
@@ -195,7 +194,11 @@ impl Open {
         if free.get().saturating_sub(size.get()) < store.min_free.get() {
             return Err(store.full(free, format!("part {number} of image {id} needs {size}")));
         }
-        self.object.write(bytes, part.offset).during(context)?;
+        let mut offset = part.offset;
+        for piece in part.pieces() {
+            self.object.write(piece, offset).during(context)?;
+            offset += piece.len() as u64;
+        }
         let written =
             Written { offset: part.offset, part: StoredPart { size, sha256: part.sha256 } };
         self.parts.lock().unwrap_or_else(PoisonError::into_inner).insert(number, written);

@@ -23,7 +23,7 @@ use crate::{
         },
         instance::OperatingSystem,
     },
-    port::{Part, Sealed},
+    port::{Body, Part, Sealed},
     sys::aligned::AlignedBuf,
 };
 
@@ -61,38 +61,54 @@ pub(super) fn id(number: u8) -> ImageId {
 }
 
 /// Parts of these sizes, in order.
-pub(super) fn parts(sizes: &[usize]) -> Vec<Part> {
+pub(super) fn parts(sizes: &[usize]) -> Vec<Arc<Part>> {
     let mut offset = 0;
     (1_u8..)
         .zip(sizes)
         .map(|(number, &size)| {
-            let mut body = AlignedBuf::zeroed(size);
-            body.fill(number);
-            let body: Box<dyn AsRef<[u8]> + Send + Sync> = match size % 4096 {
-                0 => Box::new(Body(body)),
-                _ => Box::new(body[..size].to_vec()),
-            };
-            let sha256 = ObjectDigest(Sha256::digest((*body).as_ref()).into());
-            let part = Part { number: number.into(), offset, body, sha256 };
+            let mut memory = AlignedBuf::zeroed(size);
+            memory.fill(number);
+            let part = part(number.into(), offset, InMemory { memory, len: size });
             offset += size as u64;
             part
         })
         .collect()
 }
 
-struct Body(AlignedBuf);
+/// The part `number` at `offset` with these bytes.
+pub(super) fn part(number: u32, offset: u64, body: InMemory) -> Arc<Part> {
+    let bytes = body.bytes();
+    let (size, sha256) = (ByteSize(bytes.len() as u64), ObjectDigest(Sha256::digest(bytes).into()));
+    Arc::new(Part { number, offset, size, body: Box::new(body), sha256 })
+}
 
-impl AsRef<[u8]> for Body {
-    fn as_ref(&self) -> &[u8] {
-        &self.0
+/// A body of two pieces, or of one.
+pub(super) struct InMemory {
+    memory: AlignedBuf,
+    len: usize,
+}
+
+impl InMemory {
+    pub(super) fn copy_of(bytes: &[u8]) -> Self {
+        let mut memory = AlignedBuf::zeroed(bytes.len());
+        memory[..bytes.len()].copy_from_slice(bytes);
+        Self { memory, len: bytes.len() }
+    }
+
+    fn bytes(&self) -> &[u8] {
+        &self.memory[..self.len]
     }
 }
 
-pub(super) fn sealed(id: &ImageId, parts: &[Part]) -> Sealed {
-    let parts: Vec<_> = parts
-        .iter()
-        .map(|part| StoredPart { size: ByteSize(part.bytes().len() as u64), sha256: part.sha256 })
-        .collect();
+impl Body for InMemory {
+    fn piece(&self, index: usize) -> Option<&[u8]> {
+        self.bytes().chunks(4096).nth(index)
+    }
+}
+
+pub(super) fn sealed(id: &ImageId, parts: &[Arc<Part>]) -> Sealed {
+    let parts: Vec<_> =
+        parts.iter().map(|part| StoredPart { size: part.size, sha256: part.sha256 }).collect();
     let manifest = Manifest {
         schema: ManifestSchema::V1,
         id: id.clone(),
@@ -165,7 +181,10 @@ async fn a_sealed_image_is_whole_and_private() {
     let id = id(1);
     let upload = store.begin(&id).await.unwrap();
     let parts = parts(&[8192, 8192, 100]);
-    let bytes = parts.iter().flat_map(|part| part.bytes().to_vec()).collect::<Vec<_>>();
+    let bytes = parts
+        .iter()
+        .flat_map(|part| part.pieces().collect::<Vec<_>>().concat())
+        .collect::<Vec<_>>();
     let sealed = sealed(&id, &parts);
     for part in parts.into_iter().rev() {
         assert!(listed(&store).await.is_empty());
@@ -286,13 +305,10 @@ async fn an_object_of_another_length_is_not_sealed() {
 /// What the configuration allows must not be refused by the seal, hours
 /// later.
 #[test]
-fn the_manifest_of_the_largest_volume_can_be_read() {
-    // Tables add an eighth of a thousandth.
-    let object = MAX_VOLUME_SIZE.get() / 1000 * 1001;
-    let part = StoredPart { size: ByteSize::mib(8), sha256: ObjectDigest([0xff; 32]) };
+fn the_manifest_with_the_most_parts_can_be_read() {
+    let part = StoredPart { size: MAX_VOLUME_SIZE, sha256: ObjectDigest([0xff; 32]) };
     let mut manifest = sealed(&id(1), &[]).manifest;
-    let count = usize::try_from(object.div_ceil(part.size.get())).unwrap();
-    manifest.stored.parts = vec![part; count];
+    manifest.stored.parts = vec![part; 10_000];
     let bytes = serde_json::to_vec_pretty(&manifest).unwrap().len() as u64;
     assert!(bytes <= MAX_MANIFEST.get(), "{bytes} bytes");
 }

@@ -38,8 +38,7 @@ async fn qemu_the_script_in_the_docs_verifies_an_image() {
     let parts = || {
         let mut offset = 0;
         (1..).zip(object.chunks(300_000)).map(move |(number, bytes)| {
-            let sha256 = ObjectDigest(Sha256::digest(bytes).into());
-            let part = Part { number, offset, body: Box::new(bytes.to_vec()), sha256 };
+            let part = part(number, offset, InMemory::copy_of(bytes));
             offset += bytes.len() as u64;
             part
         })
