@@ -8,6 +8,7 @@
 pub mod instances;
 mod size;
 mod source;
+mod stores;
 mod values;
 
 use std::{
@@ -20,12 +21,15 @@ use std::{
 
 use serde::Deserialize;
 
-pub use self::values::EncodeThreads;
 use self::{
     source::Source,
     values::{
         absolute, absolute_paths, latency_percent, progress_timeout, read_depth, size, size_if_any,
     },
+};
+pub use self::{
+    stores::{Remote, StoreConfig},
+    values::EncodeThreads,
 };
 use crate::{
     error::{Context, Reason, Result},
@@ -125,33 +129,6 @@ pub struct Config {
     pub stores: BTreeMap<String, StoreConfig>,
 }
 
-/// One store.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StoreConfig {
-    /// What it is.
-    pub kind: StoreKind,
-    /// Where it is. Required.
-    #[serde(deserialize_with = "absolute")]
-    pub path: PathBuf,
-    /// Room that images must leave. Default: `"1GiB"`, so that a store that
-    /// shares its filesystem with something else never fills it.
-    #[serde(deserialize_with = "size", default = "default_min_free")]
-    pub min_free: ByteSize,
-}
-
-/// Kinds of stores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum StoreKind {
-    /// A directory of this host.
-    Directory,
-}
-
-const fn default_min_free() -> ByteSize {
-    ByteSize::gib(1)
-}
-
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -204,11 +181,7 @@ pub fn parse(text: &str, origin: &Path) -> Result<Config> {
     let source = Source { text, origin };
     let mut config: Config = source.deserialize()?;
     if config.stores.is_empty() {
-        let local = StoreConfig {
-            kind: StoreKind::Directory,
-            path: config.state_dir.join("images"),
-            min_free: default_min_free(),
-        };
+        let local = StoreConfig::directory(config.state_dir.join("images"));
         config.stores.insert("local".into(), local);
     }
     config.default_store = default_store(&config, &source)?;
@@ -304,7 +277,7 @@ mod tests {
             documented.map(|line| line.split('`').next().unwrap().to_owned()).collect();
         let mut known: Vec<_> = [
             keys(include_str!("config.rs"), "Config"),
-            keys(include_str!("config.rs"), "StoreConfig"),
+            keys(include_str!("config/stores.rs"), "StoreTable"),
             keys(include_str!("config/instances.rs"), "InstanceFile"),
         ]
         .concat();
@@ -323,8 +296,11 @@ mod tests {
     fn nothing_set_means_the_documented_defaults() {
         let config = parse("", Path::new("x")).unwrap();
         assert_eq!(config.default_store, "local");
-        assert_eq!(config.stores["local"].path, Path::new("/var/lib/imaged/images"));
-        assert_eq!(config.stores["local"].min_free, ByteSize::gib(1));
+        let local = StoreConfig::Directory {
+            path: "/var/lib/imaged/images".into(),
+            min_free: ByteSize::gib(1),
+        };
+        assert_eq!(config.stores["local"], local);
         assert_eq!(config.max_volume_size, ByteSize::gib(400));
         assert_eq!(config.warn_volume_size, ByteSize(400_000_000_000));
         let threads = |cores| config.encode_threads(NonZeroUsize::new(cores).unwrap()).get();
@@ -355,6 +331,11 @@ mod tests {
             kind = "directory"
             path = "/hdd/images"
             min_free = "0B"
+            [stores.far]
+            kind = "s3"
+            endpoint = "https://s3.example.com"
+            bucket = "images"
+            prefix = "hosts"
             "#,
             Path::new("x"),
         )
@@ -364,7 +345,16 @@ mod tests {
         assert_eq!(config.max_volume_size, ByteSize::gib(1024));
         assert_eq!(config.warn_volume_size, ByteSize(900_000_000_000));
         assert_eq!(config.default_store, "slow");
-        assert_eq!(config.stores["slow"].min_free, ByteSize(0));
+        let slow = StoreConfig::Directory { path: "/hdd/images".into(), min_free: ByteSize(0) };
+        assert_eq!(config.stores["slow"], slow);
+        let remote = Remote { prefix: "hosts".into(), ..Remote::default() };
+        let far = StoreConfig::S3 {
+            region: "us-east-1".into(),
+            endpoint: "https://s3.example.com".into(),
+            bucket: "images".into(),
+            remote,
+        };
+        assert_eq!(config.stores["far"], far);
         assert_eq!(config.socket_group.as_deref(), Some("kvm"));
     }
 
@@ -381,7 +371,7 @@ mod tests {
 
     #[test]
     fn an_unknown_key_in_a_store() {
-        insta::assert_snapshot!(refused("[stores.a]\nkind = \"directory\"\npaht = \"/a\"\n"), @"/etc/imaged/imaged.toml, line 3: stores.a.paht: unknown key, expected one of `kind`, `path`, `min_free`");
+        insta::assert_snapshot!(refused("[stores.a]\nkind = \"directory\"\npaht = \"/a\"\n"), @"/etc/imaged/imaged.toml, line 3: stores.a.paht: unknown key, expected one of `kind`, `path`, `min_free`, `endpoint`, `region`, `bucket`, `prefix`, `credentials`, `profile`, `ca_file`");
     }
 
     #[test]
@@ -408,6 +398,8 @@ mod tests {
             "max_captures = 0",
             "default_compartment = \"../etc\"",
             "[stores.a]\nkind = \"floppy\"\npath = \"/a\"",
+            "[stores.a]\nkind = \"s3\"\nendpoint = \"https://s3\"",
+            "\n[stores.a]\nkind = \"s3\"\npath = \"/a\"",
             "max_volume_size = \"1GiB\"\nwarn_volume_size = \"2GiB\"",
             "[stores.\"a b\"]\nkind = \"directory\"\npath = \"/a\"",
             "default_store = \"b\"\n[stores.a]\nkind = \"directory\"\npath = \"/a\"",
@@ -426,7 +418,9 @@ mod tests {
         /etc/imaged/imaged.toml, line 1: read_depth: 257 is not from 1 to 256
         /etc/imaged/imaged.toml, line 1: max_captures: invalid value: integer `0`, expected a number from 1 on
         /etc/imaged/imaged.toml, line 1: default_compartment: it begins with '.'
-        /etc/imaged/imaged.toml, line 2: stores.a.kind: unknown variant `floppy`, expected `directory`
+        /etc/imaged/imaged.toml, line 2: stores.a.kind: unknown variant `floppy`, expected `directory` or `s3`
+        /etc/imaged/imaged.toml, line 1: stores.a: missing key `bucket`
+        /etc/imaged/imaged.toml, line 2: stores.a: a store of kind "s3" has no key "path", only endpoint, region, bucket, prefix, credentials, profile, ca_file
         /etc/imaged/imaged.toml, line 2: warn_volume_size: larger than max_volume_size (1.00 GiB (1073741824 bytes)), so it would never warn
         /etc/imaged/imaged.toml, line 1: stores.a b: not a name: ' ' is not among the letters, digits, '.', '-' and '_' that an identifier is made of
         /etc/imaged/imaged.toml, line 1: default_store: there is no store "b", only a

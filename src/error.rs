@@ -4,7 +4,7 @@
 //! prints the context alone; [`Error::report`] prints the chain once, at the
 //! edge.
 
-use std::{error::Error as StdError, fmt};
+use std::{error::Error as StdError, fmt, time::Duration};
 
 /// What went wrong, said by whoever knew what it was doing.
 pub struct Error(Box<Inner>);
@@ -14,6 +14,7 @@ struct Inner {
     context: String,
     advice: Option<String>,
     field: Option<&'static str>,
+    pause: Option<Duration>,
     source: Option<Cause>,
 }
 
@@ -126,6 +127,10 @@ reasons! {
     StoreFull = "STORE_FULL": Store,
     /// The store cannot be reached, read or written.
     StoreUnavailable = "STORE_UNAVAILABLE": Store,
+    /// The store does not know the credentials, or they lack a right.
+    StoreDenied = "STORE_DENIED": Store,
+    /// The store answers, and will not do it however often it is asked.
+    StoreRefused = "STORE_REFUSED": Store,
     /// What the store returns is not what was stored.
     ImageCorrupt = "IMAGE_CORRUPT": Store,
     /// A device or a store stopped answering.
@@ -171,7 +176,14 @@ impl Error {
     #[must_use]
     pub fn new(reason: Reason, context: impl Into<String>) -> Self {
         let context = context.into();
-        Self(Box::new(Inner { reason, context, advice: None, field: None, source: None }))
+        Self(Box::new(Inner {
+            reason,
+            context,
+            advice: None,
+            field: None,
+            pause: None,
+            source: None,
+        }))
     }
 
     /// Adds what to do next, one sentence.
@@ -185,6 +197,13 @@ impl Error {
     #[must_use]
     pub fn field(mut self, field: &'static str) -> Self {
         self.0.field = Some(field);
+        self
+    }
+
+    /// Adds how long to wait before asking again, as who refused said.
+    #[must_use]
+    pub fn retry_after(mut self, pause: Duration) -> Self {
+        self.0.pause = Some(pause);
         self
     }
 
@@ -214,6 +233,12 @@ impl Error {
             .advice
             .as_deref()
             .or_else(|| self.0.source.as_deref()?.downcast_ref::<Error>()?.advice_text())
+    }
+
+    /// How long to wait before asking again, where who refused said so.
+    #[must_use]
+    pub fn pause(&self) -> Option<Duration> {
+        self.0.pause
     }
 
     /// The field of the request that is wrong.

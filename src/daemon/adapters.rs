@@ -1,16 +1,16 @@
 //! The real parts of a host.
 
-use std::{fs, io, sync::Arc};
+use std::{fs, io, path::PathBuf, sync::Arc};
 
 use super::{Parts, clock::SystemClock};
 use crate::{
     block::{self, HostVolumes, ReaderSettings},
-    config::{Config, StoreConfig, StoreKind},
+    config::{Config, StoreConfig},
     error::{Context, Reason, Result},
     hypervisor::QemuHost,
     model::{host::Feature, instance::Instance},
-    port::ObjectStore,
-    store::LazyStore,
+    port::{BoxFuture, Clock, ObjectStore},
+    store::{Bucket, BucketStore, Http, LazyStore, Place, S3Bucket},
     worker::{Attempt, Workers},
 };
 
@@ -34,21 +34,76 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let captures = u16::try_from(config.max_captures.get()).unwrap_or(u16::MAX);
     let reader = ReaderSettings { engine, depth: (config.read_depth.get() / captures).max(1) };
     let host_id = host_id()?;
-    let mut stores: Vec<Arc<dyn ObjectStore>> = Vec::new();
-    for (name, StoreConfig { kind: StoreKind::Directory, path, min_free }) in config.stores {
-        stores.push(Arc::new(LazyStore::directory(name, path, min_free, host_id.clone())));
-    }
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new()?);
+    let owner = Owner { state_dir: config.state_dir, host_id };
+    let stores = config.stores.into_iter().map(|(name, store)| owner.store(name, store, &clock));
     let workers = Workers::of_this_program();
     let confinement = confinement(workers.clone()).await?;
     Ok(Parts {
-        clock: Arc::new(SystemClock::new()?),
+        clock: Arc::clone(&clock),
         hypervisor: Arc::new(QemuHost::new(config.scratch_dir)),
         volumes: Arc::new(HostVolumes::new(allowed, reader)),
-        stores,
+        stores: stores.collect(),
         inspector: Arc::new(workers),
         features: vec![io_uring, confinement],
     })
 }
+
+/// Whose uploads are this daemon's.
+struct Owner {
+    state_dir: PathBuf,
+    host_id: String,
+}
+
+impl Owner {
+    /// A name for this daemon among those of this host and of others: what is
+    /// in a bucket has no lock that would tell a living daemon from a dead one.
+    fn name(&self) -> String {
+        let words = format!("{} {}", self.host_id, self.state_dir.display());
+        blake3::hash(words.as_bytes()).to_hex()[..32].to_owned()
+    }
+
+    /// The store called `name`, not opened yet.
+    fn store(
+        &self,
+        name: String,
+        store: StoreConfig,
+        clock: &Arc<dyn Clock>,
+    ) -> Arc<dyn ObjectStore> {
+        let (kind, location, remote, make): (_, _, _, Box<Make>) = match store {
+            StoreConfig::Directory { path, min_free } => {
+                return Arc::new(LazyStore::directory(name, path, min_free, self.host_id.clone()));
+            }
+            StoreConfig::S3 { region, endpoint, bucket, remote } => {
+                let (location, clock) = (format!("{endpoint}/{bucket}"), Arc::clone(clock));
+                let ca_file = remote.ca_file.clone();
+                let make = move |place: &Place| {
+                    let http = Http::new(&endpoint, ca_file.as_deref())?;
+                    let (region, bucket) = (region.clone(), bucket.clone());
+                    let bucket = S3Bucket::new(http, region, bucket, place.s3()?, clock.clone());
+                    Ok(Arc::new(bucket) as Arc<dyn Bucket>)
+                };
+                ("s3", location, remote, Box::new(make))
+            }
+        };
+        let place =
+            Place { store: name.clone(), file: remote.credentials, profile: remote.profile };
+        let (called, owner, make) = (name.clone(), self.name(), Arc::new(make));
+        let open = move || -> BoxFuture<'static, Result<Arc<dyn ObjectStore>>> {
+            let (name, owner) = (called.clone(), owner.clone());
+            let (place, make, prefix) = (place.clone(), Arc::clone(&make), remote.prefix.clone());
+            Box::pin(async move {
+                let bucket = super::blocking(move || make(&place)).await?;
+                let store = BucketStore::open(name, bucket, &prefix, owner).await?;
+                Ok(Arc::new(store) as Arc<dyn ObjectStore>)
+            })
+        };
+        Arc::new(LazyStore::new(name, kind, location, Box::new(open)))
+    }
+}
+
+/// Makes the bucket of a store, with what gives access to it.
+type Make = dyn Fn(&Place) -> Result<Arc<dyn Bucket>> + Send + Sync;
 
 /// How volumes are read here: some distributions forbid io_uring.
 fn engine() -> (block::Engine, Feature) {

@@ -51,9 +51,11 @@ const fn code(reason: Reason) -> Code {
         Reason::SourceLocked | Reason::ImageLocked => Code::Aborted,
         Reason::ImageCorrupt | Reason::ImageUnreadable => Code::DataLoss,
         // They work, and said no.
-        Reason::HypervisorRefused | Reason::GuestAgentRefused | Reason::GuestAgentDisabled => {
-            Code::FailedPrecondition
-        }
+        Reason::HypervisorRefused
+        | Reason::GuestAgentRefused
+        | Reason::GuestAgentDisabled
+        | Reason::StoreDenied
+        | Reason::StoreRefused => Code::FailedPrecondition,
         other => match other.kind() {
             ErrorKind::InvalidRequest => Code::InvalidArgument,
             ErrorKind::NotFound => Code::NotFound,
@@ -155,6 +157,8 @@ mod tests {
         SNAPSHOT_BROKEN: Unavailable
         STORE_FULL: ResourceExhausted
         STORE_UNAVAILABLE: Unavailable
+        STORE_DENIED: FailedPrecondition
+        STORE_REFUSED: FailedPrecondition
         IMAGE_CORRUPT: DataLoss
         STALLED: Unavailable
         IMAGE_UNREADABLE: DataLoss

@@ -44,7 +44,7 @@ type Attempt = Shared<BoxFuture<'static, Result<Opened, Arc<Error>>>>;
 
 /// Opens the store. Its future is ready only when nothing of the attempt
 /// runs any more.
-type Open = Box<dyn Fn() -> BoxFuture<'static, Result<Arc<dyn ObjectStore>>> + Send + Sync>;
+pub type Open = Box<dyn Fn() -> BoxFuture<'static, Result<Arc<dyn ObjectStore>>> + Send + Sync>;
 
 /// An [`ObjectStore`] that need not be there yet.
 ///
@@ -89,7 +89,10 @@ impl LazyStore {
         Self::new(name, "directory", location, Box::new(open))
     }
 
-    fn new(name: String, kind: &'static str, location: String, open: Open) -> Self {
+    /// The store called `name`, of this kind and at this place, that `open`
+    /// opens, as often as it must be tried.
+    #[must_use]
+    pub fn new(name: String, kind: &'static str, location: String, open: Open) -> Self {
         let state = Arc::new(Mutex::new(State::Closed));
         Self { name, kind, location, open, state, patience: PATIENCE }
     }
@@ -163,8 +166,8 @@ impl LazyStore {
     fn unavailable(&self, cause: Arc<Error>) -> Error {
         let advice = cause.advice_text().unwrap_or("see why in imaged's log").to_owned();
         let context = format!("the store {:?} cannot be opened", self.name);
-        Error::new(Reason::StoreUnavailable, context)
-            .because(SharedCause(cause))
+        Error::new(cause.reason(), context)
+            .because(SharedCause(Arc::clone(&cause)))
             .advice(format!("{advice}; imaged tries again whenever the store is used"))
     }
 }

@@ -2,7 +2,20 @@
 //!
 //! The form of a directory store is written down in `docs/store-format.md`.
 
+mod bucket;
+mod credentials;
 mod directory;
+mod form;
+mod http;
 mod lazy;
+mod s3;
+mod skim;
 
-pub use self::{directory::DirectoryStore, lazy::LazyStore};
+pub use self::{
+    bucket::{Bucket, BucketStore},
+    credentials::Place,
+    directory::DirectoryStore,
+    http::Http,
+    lazy::LazyStore,
+    s3::S3Bucket,
+};

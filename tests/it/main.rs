@@ -9,6 +9,10 @@ mod api;
 mod imports;
 #[path = "../lab/lab.rs"]
 mod lab;
+#[path = "../lab/proxy.rs"]
+mod proxy;
+#[path = "../lab/weed.rs"]
+mod weed;
 
 mod image;
 mod lifecycle;
@@ -16,6 +20,7 @@ mod live;
 mod live_bits;
 mod live_faults;
 mod qemu;
+mod s3;
 mod service;
 mod sources;
 mod stalls;

@@ -15,7 +15,7 @@ use std::{
 };
 
 use imaged::{
-    encode::{self, Settings, SpareParts},
+    encode::{self, Settings, SpareMemory},
     error::{Error, Reason},
     model::{
         ByteSize,
@@ -115,7 +115,7 @@ fn image(compression: Compression) -> Image {
         volume_size,
         compression,
         threads: NonZeroUsize::MIN,
-        spare: SpareParts::default(),
+        spare: SpareMemory::default(),
     };
     let (meter, stop) = (Meter::default(), CancellationToken::new());
     thread::scope(|scope| {

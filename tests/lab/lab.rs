@@ -493,6 +493,16 @@ impl Drop for Frozen {
     }
 }
 
+/// Runs a Python script with the clients of S3 and OCI, and returns what it
+/// printed.
+pub fn python(script: &str) -> String {
+    let packages = run("tests/lab/python.sh", &[]);
+    let output =
+        Command::new("python3").args(["-c", script]).env("PYTHONPATH", packages).output().unwrap();
+    assert!(output.status.success(), "{script}\n{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+}
+
 /// Room for large files: beside the build's products, not in memory.
 pub fn scratch() -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).to_owned();

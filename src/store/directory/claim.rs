@@ -11,43 +11,12 @@ use std::{
     os::unix::fs::MetadataExt,
 };
 
-use nix::fcntl::OFlag;
-use serde::{Deserialize, Serialize};
-
 use super::files::Dir;
-use crate::model::ByteSize;
+use crate::store::form::{MAX_SMALL, Owner};
+use nix::fcntl::OFlag;
 
 /// The claim's name in an image's directory.
 pub const CLAIM: &str = "upload.json";
-
-/// Largest claim: it has four short fields.
-const MAX_CLAIM: ByteSize = ByteSize(4096);
-
-/// Whoever may claim.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Owner {
-    schema: Schema,
-    /// Names the host for ever.
-    pub host_id: String,
-    /// Chosen anew whenever a store is opened.
-    pub instance: String,
-    /// The daemon's process, for people.
-    pub pid: u32,
-}
-
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-enum Schema {
-    #[serde(rename = "imaged.upload/1")]
-    V1,
-}
-
-impl Owner {
-    /// This process on the host `host_id`.
-    pub fn new(host_id: String, instance: String) -> Self {
-        Self { schema: Schema::V1, host_id, instance, pid: std::process::id() }
-    }
-}
 
 /// A claim that is held: dropping it leaves `upload.json` without its lock.
 #[derive(Debug)]
@@ -105,7 +74,7 @@ impl Claim {
     /// Looks at the claim in `dir` and takes it if it is of `owner`'s host
     /// and dead.
     pub fn inherit(dir: &Dir, owner: &Owner) -> io::Result<Found> {
-        let bytes = match dir.read(CLAIM, MAX_CLAIM) {
+        let bytes = match dir.read(CLAIM, MAX_SMALL) {
             Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(Found::None),
             read => read?,
         };

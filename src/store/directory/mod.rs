@@ -20,9 +20,8 @@ mod object;
 mod reader;
 mod removal;
 mod root;
-mod skim;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 mod threads;
 mod upload;
 
@@ -36,11 +35,9 @@ use std::{
 use serde::de::DeserializeOwned;
 
 use self::{
-    claim::{CLAIM, Owner},
     files::{Dir, During},
     reader::DirectoryReader,
     root::Root,
-    skim::Skimmed,
     threads::{NAMES, Threads},
     upload::DirectoryUpload,
 };
@@ -49,26 +46,14 @@ use crate::{
     model::{
         ByteSize, ImageId,
         host::Space,
-        image::{EXTENT_SIZE, Manifest, Record},
+        image::{Manifest, Record},
     },
     port::{BoxFuture, Delete, ObjectReader, ObjectStore, Upload},
+    store::{
+        form::{self, EXTENTS, MANIFEST, MAX_MANIFEST, MAX_RECORD, OBJECT, Owner, RECORD},
+        skim::Skimmed,
+    },
 };
-
-const OBJECT: &str = "image.qcow2";
-const EXTENTS: &str = "extents.blake3";
-const TRACE: &str = "trace.json";
-const RECORD: &str = "record.json";
-const MANIFEST: &str = "manifest.json";
-
-/// Bytes of a BLAKE3.
-const DIGEST_SIZE: u64 = 32;
-
-/// Largest manifest that is read: 10,000 parts take 125 bytes each; those of
-/// images that older versions made, of 8 MiB, up to 15 MiB.
-const MAX_MANIFEST: ByteSize = ByteSize::mib(16);
-
-/// Largest record that is read: a name and some tags.
-const MAX_RECORD: ByteSize = ByteSize::mib(1);
 
 /// An [`ObjectStore`] in a directory: the embedded default.
 ///
@@ -200,17 +185,11 @@ impl ObjectStore for DirectoryStore {
         let id = id.clone();
         self.run(move |store| {
             let (dir, manifest) = store.existing(&id)?;
-            let extents = manifest.stored.virtual_size.get().div_ceil(EXTENT_SIZE);
-            let wanted = ByteSize(extents.saturating_mul(DIGEST_SIZE));
-            let path = dir.path_of(EXTENTS);
-            let digests =
-                dir.read(EXTENTS, wanted).during(|| format!("cannot read {}", path.display()))?;
-            if digests.len() as u64 == wanted.get() {
-                return Ok(digests);
-            }
-            let (path, len) = (path.display(), digests.len());
-            let context = format!("{path} has {len} bytes where {extents} extents have {wanted}");
-            Err(Error::new(Reason::ImageCorrupt, context))
+            let path = dir.path_of(EXTENTS).display().to_string();
+            let digests = dir
+                .read(EXTENTS, form::extents_size(&manifest))
+                .during(|| format!("cannot read {path}"))?;
+            form::digests(&path, &manifest, digests)
         })
     }
 
@@ -229,7 +208,7 @@ impl Store {
         threads: Threads,
     ) -> Result<Self> {
         let root = Root::open(path)?;
-        let owner = Owner::new(host_id, root::random_id()?);
+        let owner = Owner::new(host_id, form::random_id()?);
         Ok(Self { name, root, min_free, owner, threads, mentioned: Mutex::default() })
     }
 
@@ -289,7 +268,7 @@ impl Store {
             opened => opened.during(|| format!("cannot open {}", path.display()))?,
         };
         let Some(manifest) = read(&dir, MANIFEST, MAX_MANIFEST)? else { return Ok(None) };
-        let manifest: M = parse(&dir, MANIFEST, &manifest)?;
+        let manifest: M = form::parse(&dir.path_of(MANIFEST).display().to_string(), &manifest)?;
         let named = &manifest.as_ref().id;
         if named != id {
             let context = format!("{}/{MANIFEST} is of image {named}", path.display());
@@ -303,7 +282,7 @@ impl Store {
             let context = format!("{}/{RECORD} is missing", path.display());
             return Err(Error::new(Reason::ImageCorrupt, context));
         };
-        let record = parse(&dir, RECORD, &record)?;
+        let record = form::parse(&dir.path_of(RECORD).display().to_string(), &record)?;
         Ok(Some((dir, (manifest, record))))
     }
 
@@ -317,16 +296,6 @@ impl Store {
             )),
         }
     }
-}
-
-fn parse<T: DeserializeOwned>(dir: &Dir, file: &str, bytes: &[u8]) -> Result<T> {
-    serde_json::from_slice(bytes)
-        .context(Reason::ImageCorrupt, || {
-            format!("{} cannot be understood", dir.path_of(file).display())
-        })
-        .map_err(|error| {
-            error.advice("a newer imaged may have written it: update imaged, or restore the file")
-        })
 }
 
 /// Names of what is in `images`. What is not UTF-8 is no image, and shown

@@ -16,23 +16,21 @@ use std::{
 use nix::errno::Errno;
 
 use super::{
-    CLAIM, EXTENTS, MANIFEST, OBJECT, RECORD, Store, TRACE,
-    claim::{Claim, Claimed, Found},
+    Store,
+    claim::{CLAIM, Claim, Claimed, Found},
     files::{Dir, During, Removed, TEMPORARY},
 };
 use crate::{
     error::{Error, Reason, Result},
     model::ImageId,
     port::Delete,
+    store::form::{EXTENTS, MANIFEST, OBJECT, RECORD, TOMBSTONE, TRACE},
 };
 
 /// Age from which leftovers without an owner are removed: far beyond the
 /// moments for which a living host leaves a directory without a claim, and
 /// beyond any difference of two hosts' clocks.
 const ABANDONED: Duration = Duration::from_secs(24 * 3600);
-
-/// Name of the manifest of an image that is being deleted.
-pub const TOMBSTONE: &str = "deleted.json";
 
 /// Removes everything of the image in `dir`, the manifest first and what
 /// says that the rest may be removed last, each durably. What is not there is

@@ -8,12 +8,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::{Deserialize, Serialize};
-
 use super::files::{Dir, During, TEMPORARY};
 use crate::{
     error::{Context, Error, Reason, Result},
-    model::ByteSize,
+    store::form::{MAX_SMALL, Marker, random_id},
 };
 
 /// File in the root whose presence makes the directory a store.
@@ -21,26 +19,11 @@ const MARKER: &str = "imaged-store.json";
 /// Directory in the root that holds a directory for each image.
 const IMAGES: &str = "images";
 
-/// Largest marker: it has two short fields.
-const MAX_MARKER: ByteSize = ByteSize(4096);
-
 /// The root of a store that was there when it was opened.
 #[derive(Debug)]
 pub struct Root {
     path: PathBuf,
     id: String,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-struct Marker {
-    schema: Schema,
-    id: String,
-}
-
-#[derive(Debug, Serialize, Deserialize)]
-enum Schema {
-    #[serde(rename = "imaged.store/1")]
-    V1,
 }
 
 impl Root {
@@ -122,7 +105,7 @@ fn make(path: &Path) -> Result<Dir> {
 /// The marker, `None` where there is none.
 fn read_marker(root: &Dir) -> Result<Option<Marker>> {
     let path = root.path_of(MARKER);
-    let bytes = match root.read(MARKER, MAX_MARKER) {
+    let bytes = match root.read(MARKER, MAX_SMALL) {
         Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(None),
         read => read.during(|| format!("cannot read {}", path.display()))?,
     };
@@ -153,19 +136,10 @@ fn adopt(root: &Dir) -> Result<String> {
         .advice("give the store an empty directory of its own"));
     }
     let id = random_id()?;
-    let marker = serde_json::to_vec_pretty(&Marker { schema: Schema::V1, id: id.clone() })
+    let marker = serde_json::to_vec_pretty(&Marker::new(id.clone()))
         .context(Reason::Internal, || format!("cannot write the marker of {path}"))?;
     root.publish(MARKER, &marker).during(|| format!("cannot make a store of {path}"))?;
     Ok(id)
-}
-
-/// 128 random bits in hexadecimal.
-pub fn random_id() -> Result<String> {
-    let mut bits = [0; 16];
-    getrandom::fill(&mut bits)
-        .map_err(io::Error::other)
-        .context(Reason::Internal, || "the kernel gave no random bytes")?;
-    Ok(format!("{:032x}", u128::from_ne_bytes(bits)))
 }
 
 #[cfg(test)]

@@ -19,24 +19,22 @@ use tokio::sync::RwLock;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    CLAIM, EXTENTS, MANIFEST, MAX_MANIFEST, OBJECT, RECORD, Store, TRACE,
-    claim::{Claim, Claimed},
+    Store,
+    claim::{CLAIM, Claim, Claimed},
     files::{self, Dir, During},
     object::ObjectFile,
     removal,
     threads::BYTES,
 };
 use crate::{
-    error::{Context, Error, Reason, Result},
-    model::{
-        ByteSize, ImageId,
-        image::{EXTENT_SIZE, StoredPart},
-    },
+    error::{Error, Reason, Result},
+    model::{ByteSize, ImageId, image::StoredPart},
     port::{BoxFuture, Part, Sealed, Upload},
+    store::form::{self, EXTENTS, MANIFEST, OBJECT, RECORD, TRACE, Written},
 };
 
 /// Room that must be left over the minimum before an upload begins: the
-/// object's first part, which every image has.
+/// object's first part.
 const FIRST_PART: ByteSize = ByteSize::mib(16);
 
 /// An upload into a directory store.
@@ -59,12 +57,6 @@ struct Open {
     object: ObjectFile,
     parts: Mutex<BTreeMap<u32, Written>>,
     _claim: Claim,
-}
-
-/// A part that is in the object's file.
-struct Written {
-    offset: u64,
-    part: StoredPart,
 }
 
 impl DirectoryUpload {
@@ -216,19 +208,10 @@ impl Open {
         let path = self.dir.path().display();
         store.root.images()?;
         let len = self.object.len().during(|| format!("cannot measure {path}/{OBJECT}"))?;
-        self.check(id, sealed, len).map_err(|why| {
-            Error::new(Reason::Internal, format!("image {id} is not whole: {why}"))
-        })?;
-        let record = json(id, &sealed.record)?;
-        let manifest = json(id, &sealed.manifest)?;
-        if manifest.len() as u64 > MAX_MANIFEST.get() {
-            let context = format!(
-                "the manifest of image {id} has {} and no reader takes more than {MAX_MANIFEST}",
-                ByteSize(manifest.len() as u64)
-            );
-            return Err(Error::new(Reason::VolumeTooLarge, context)
-                .advice("image a smaller volume, and lower max_volume_size"));
-        }
+        let put = self.parts.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        form::check(id, sealed, &put, len)?;
+        let record = form::json(id, &sealed.record)?;
+        let manifest = form::manifest(id, &sealed.manifest)?;
 
         self.object.sync().during(|| format!("cannot make {path}/{OBJECT} durable"))?;
         let trace = sealed.trace.as_ref().map(|trace| (TRACE, trace));
@@ -255,50 +238,6 @@ impl Open {
         }
         Ok(())
     }
-
-    /// Whether what was put is what the manifest says; if not, why.
-    fn check(&self, id: &ImageId, sealed: &Sealed, len: u64) -> Result<(), String> {
-        let manifest = &sealed.manifest;
-        let stored = &manifest.stored;
-        if manifest.id != *id {
-            return Err(format!("its manifest is of {}", manifest.id));
-        }
-        let written = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut offset = 0;
-        for (number, part) in (1..).zip(&stored.parts) {
-            match written.get(&number) {
-                None => return Err(format!("part {number} was not stored")),
-                Some(there) if there.offset != offset || there.part != *part => {
-                    return Err(format!("part {number} is not the one in the manifest"));
-                }
-                Some(_) => offset += part.size.get(),
-            }
-        }
-        if written.len() != stored.parts.len() {
-            return Err(format!(
-                "{} parts were stored and its manifest has {}",
-                written.len(),
-                stored.parts.len()
-            ));
-        }
-        if [offset, len].iter().any(|bytes| *bytes != stored.object_size.get()) {
-            return Err(format!(
-                "its parts have {offset} bytes, its object {len}, and its manifest says {}",
-                stored.object_size.get()
-            ));
-        }
-        let extents = stored.virtual_size.get().div_ceil(EXTENT_SIZE);
-        if sealed.extent_digests.len() as u64 != extents * super::DIGEST_SIZE {
-            let digests = sealed.extent_digests.len();
-            return Err(format!("{digests} bytes of digests are not those of {extents} extents"));
-        }
-        Ok(())
-    }
-}
-
-fn json(id: &ImageId, document: &impl serde::Serialize) -> Result<Vec<u8>> {
-    serde_json::to_vec_pretty(document)
-        .context(Reason::Internal, || format!("cannot write a document of image {id} as JSON"))
 }
 
 impl fmt::Debug for DirectoryUpload {

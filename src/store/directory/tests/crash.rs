@@ -3,7 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use super::*;
-use crate::store::directory::removal::TOMBSTONE;
+use crate::store::{directory::claim::CLAIM, form::TOMBSTONE};
 
 fn make_old(dir: &Path) {
     let old = SystemTime::now() - Duration::from_secs(25 * 3600);

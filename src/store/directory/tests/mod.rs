@@ -18,24 +18,25 @@ use crate::{
     model::{
         Timestamp,
         image::{
-            Compression, Consistency, ContentDigest, Format, LaunchMode, MAX_VOLUME_SIZE,
-            ManifestSchema, ObjectDigest, Origin, Stored, StoredPart,
+            Compression, Consistency, ContentDigest, EXTENT_SIZE, Format, LaunchMode,
+            MAX_VOLUME_SIZE, ManifestSchema, ObjectDigest, Origin, Stored, StoredPart,
         },
         instance::OperatingSystem,
     },
     port::{Body, Part, Sealed},
+    store::directory::claim::CLAIM,
     sys::aligned::AlignedBuf,
 };
 
 const HOST: &str = "host-a";
 const ROOM: ByteSize = ByteSize::mib(1);
 
-pub(super) struct Bench {
+pub(in crate::store) struct Bench {
     temp: tempfile::TempDir,
 }
 
 impl Bench {
-    pub(super) fn new() -> Self {
+    pub(in crate::store) fn new() -> Self {
         Self { temp: tempfile::tempdir().unwrap() }
     }
 
@@ -56,12 +57,12 @@ impl Bench {
     }
 }
 
-pub(super) fn id(number: u8) -> ImageId {
+pub(in crate::store) fn id(number: u8) -> ImageId {
     format!("ocid1.image.imaged..test{number}").parse().unwrap()
 }
 
 /// Parts of these sizes, in order.
-pub(super) fn parts(sizes: &[usize]) -> Vec<Arc<Part>> {
+pub(in crate::store) fn parts(sizes: &[usize]) -> Vec<Arc<Part>> {
     let mut offset = 0;
     (1_u8..)
         .zip(sizes)
@@ -76,20 +77,20 @@ pub(super) fn parts(sizes: &[usize]) -> Vec<Arc<Part>> {
 }
 
 /// The part `number` at `offset` with these bytes.
-pub(super) fn part(number: u32, offset: u64, body: InMemory) -> Arc<Part> {
+pub(in crate::store) fn part(number: u32, offset: u64, body: InMemory) -> Arc<Part> {
     let bytes = body.bytes();
     let (size, sha256) = (ByteSize(bytes.len() as u64), ObjectDigest(Sha256::digest(bytes).into()));
     Arc::new(Part { number, offset, size, body: Box::new(body), sha256 })
 }
 
 /// A body of two pieces, or of one.
-pub(super) struct InMemory {
+pub(in crate::store) struct InMemory {
     memory: AlignedBuf,
     len: usize,
 }
 
 impl InMemory {
-    pub(super) fn copy_of(bytes: &[u8]) -> Self {
+    pub(in crate::store) fn copy_of(bytes: &[u8]) -> Self {
         let mut memory = AlignedBuf::zeroed(bytes.len());
         memory[..bytes.len()].copy_from_slice(bytes);
         Self { memory, len: bytes.len() }
@@ -106,7 +107,7 @@ impl Body for InMemory {
     }
 }
 
-pub(super) fn sealed(id: &ImageId, parts: &[Arc<Part>]) -> Sealed {
+pub(in crate::store) fn sealed(id: &ImageId, parts: &[Arc<Part>]) -> Sealed {
     let parts: Vec<_> =
         parts.iter().map(|part| StoredPart { size: part.size, sha256: part.sha256 }).collect();
     let manifest = Manifest {

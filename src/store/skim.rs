@@ -60,10 +60,8 @@ impl<'de> Visitor<'de> for Fields {
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        super::tests::{id, parts, sealed},
-        *,
-    };
+    use super::*;
+    use crate::store::directory::tests::{id, parts, sealed};
 
     #[test]
     fn everything_but_the_parts_is_there() {

@@ -1,0 +1,166 @@
+//! The tables `[stores.NAME]`: each kind has keys of its own.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+
+use super::values::{absolute_if_any, size_if_any};
+use crate::model::ByteSize;
+
+/// Region where none is given: what S3 servers outside AWS expect.
+const DEFAULT_REGION: &str = "us-east-1";
+
+/// Room that images leave in a directory's filesystem.
+pub(super) const DEFAULT_MIN_FREE: ByteSize = ByteSize::gib(1);
+
+/// One store.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "StoreTable")]
+pub enum StoreConfig {
+    /// A directory of this host.
+    Directory {
+        /// Where it is.
+        path: PathBuf,
+        /// Room that images must leave.
+        min_free: ByteSize,
+    },
+    /// A bucket of a service that speaks S3.
+    S3 {
+        /// Its region, which requests are signed for.
+        region: String,
+        /// Where it is.
+        endpoint: String,
+        /// Its name.
+        bucket: String,
+        /// What all stores in buckets have.
+        remote: Remote,
+    },
+}
+
+/// What all stores in buckets have.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Remote {
+    /// What all names of objects begin with.
+    pub prefix: String,
+    /// File with what gives access.
+    pub credentials: Option<PathBuf>,
+    /// Which section of that file.
+    pub profile: Option<String>,
+    /// Further authorities that the service's certificate may be of.
+    pub ca_file: Option<PathBuf>,
+}
+
+impl StoreConfig {
+    /// A directory store at `path`.
+    pub(super) fn directory(path: PathBuf) -> Self {
+        Self::Directory { path, min_free: DEFAULT_MIN_FREE }
+    }
+}
+
+/// The keys of all kinds.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StoreTable {
+    kind: Kind,
+    #[serde(default, deserialize_with = "absolute_if_any")]
+    path: Option<PathBuf>,
+    #[serde(default, deserialize_with = "size_if_any")]
+    min_free: Option<ByteSize>,
+    endpoint: Option<String>,
+    region: Option<String>,
+    bucket: Option<String>,
+    prefix: Option<String>,
+    #[serde(default, deserialize_with = "absolute_if_any")]
+    credentials: Option<PathBuf>,
+    profile: Option<String>,
+    #[serde(default, deserialize_with = "absolute_if_any")]
+    ca_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Kind {
+    Directory,
+    S3,
+}
+
+impl Kind {
+    const fn name(self) -> &'static str {
+        match self {
+            Self::Directory => "directory",
+            Self::S3 => "s3",
+        }
+    }
+
+    /// The keys that such a store may have.
+    const fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Directory => &["path", "min_free"],
+            Self::S3 => {
+                &["endpoint", "region", "bucket", "prefix", "credentials", "profile", "ca_file"]
+            }
+        }
+    }
+}
+
+impl StoreTable {
+    /// The keys that are set.
+    fn set(&self) -> impl Iterator<Item = &'static str> {
+        let Self {
+            kind: _,
+            path,
+            min_free,
+            endpoint,
+            region,
+            bucket,
+            prefix,
+            credentials,
+            profile,
+            ca_file,
+        } = self;
+        [
+            ("path", path.is_some()),
+            ("min_free", min_free.is_some()),
+            ("endpoint", endpoint.is_some()),
+            ("region", region.is_some()),
+            ("bucket", bucket.is_some()),
+            ("prefix", prefix.is_some()),
+            ("credentials", credentials.is_some()),
+            ("profile", profile.is_some()),
+            ("ca_file", ca_file.is_some()),
+        ]
+        .into_iter()
+        .filter_map(|(name, set)| set.then_some(name))
+    }
+}
+
+impl TryFrom<StoreTable> for StoreConfig {
+    type Error = String;
+
+    fn try_from(table: StoreTable) -> Result<Self, String> {
+        let kind = table.kind;
+        if let Some(key) = table.set().find(|key| !kind.keys().contains(key)) {
+            let (kind, keys) = (kind.name(), kind.keys().join(", "));
+            return Err(format!("a store of kind {kind:?} has no key {key:?}, only {keys}"));
+        }
+        let missing = |key: &str| format!("missing field `{key}`");
+        let remote = Remote {
+            prefix: table.prefix.unwrap_or_default(),
+            credentials: table.credentials,
+            profile: table.profile,
+            ca_file: table.ca_file,
+        };
+        Ok(match kind {
+            Kind::Directory => Self::Directory {
+                path: table.path.ok_or_else(|| missing("path"))?,
+                min_free: table.min_free.unwrap_or(DEFAULT_MIN_FREE),
+            },
+            Kind::S3 => Self::S3 {
+                endpoint: table.endpoint.ok_or_else(|| missing("endpoint"))?,
+                region: table.region.unwrap_or_else(|| DEFAULT_REGION.into()),
+                bucket: table.bucket.ok_or_else(|| missing("bucket"))?,
+                remote,
+            },
+        })
+    }
+}

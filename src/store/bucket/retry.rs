@@ -1,0 +1,141 @@
+//! A bucket that is asked again while asking again may help.
+
+use std::{ops::Range, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use tokio::time::{Instant, sleep};
+
+use super::{Bucket, Complete, ETag, Facts, Over, Page, Put, StoredAs, UploadId};
+use crate::{
+    error::{Reason, Result},
+    model::ByteSize,
+    port::{BoxFuture, Delete, Part},
+};
+
+/// First pause: a connection that broke is there again at once.
+const FIRST: Duration = Duration::from_millis(200);
+/// Longest pause: how late the return of a store is noticed.
+const LONGEST: Duration = Duration::from_secs(20);
+
+/// How long a call is repeated for somebody who waits for its answer.
+pub const BRIEF: Duration = Duration::from_secs(15);
+/// How long one is repeated for an upload: outages of minutes cost nothing but
+/// time. Less than the 20 minutes after which work without progress is ended,
+/// so that the store's own words end it.
+pub const PATIENT: Duration = Duration::from_secs(18 * 60);
+
+/// Asks again when the store does not answer, is busy or has failed, with
+/// pauses that double, or as long as it says. Everything else is the caller's
+/// to decide. Every call may be repeated: names are written whole, parts by
+/// their number.
+#[derive(Debug, Clone)]
+pub struct Retry {
+    bucket: Arc<dyn Bucket>,
+    patience: Duration,
+}
+
+impl Retry {
+    /// Repeats for `patience`.
+    #[must_use]
+    pub fn new(bucket: Arc<dyn Bucket>, patience: Duration) -> Self {
+        Self { bucket, patience }
+    }
+
+    async fn again<'a, T>(&'a self, call: impl Fn() -> BoxFuture<'a, Result<T>>) -> Result<T> {
+        let begin = Instant::now();
+        let mut pause = FIRST;
+        loop {
+            let error = match call().await {
+                Err(error) if error.reason() == Reason::StoreUnavailable => error,
+                other => return other,
+            };
+            let wait = error.pause().unwrap_or(jittered(pause)).min(self.patience);
+            if begin.elapsed() + wait > self.patience {
+                return Err(error);
+            }
+            if pause == FIRST {
+                tracing::warn!("{error:?}; asking again");
+            }
+            sleep(wait).await;
+            pause = LONGEST.min(pause * 2);
+        }
+    }
+}
+
+/// Between half of `pause` and all of it: who was refused together does not
+/// come back together.
+fn jittered(pause: Duration) -> Duration {
+    // Without chance they do, which does no harm.
+    let mut byte = [0];
+    let _ = getrandom::fill(&mut byte);
+    pause / 2 + pause / 2 * u32::from(byte[0]) / 256
+}
+
+impl Bucket for Retry {
+    fn kind(&self) -> &'static str {
+        self.bucket.kind()
+    }
+
+    fn location(&self) -> String {
+        self.bucket.location()
+    }
+
+    fn get<'a>(&'a self, key: &'a str, limit: ByteSize) -> BoxFuture<'a, Result<Option<Bytes>>> {
+        Box::pin(self.again(move || self.bucket.get(key, limit)))
+    }
+
+    fn read<'a>(
+        &'a self,
+        key: &'a str,
+        etag: &'a ETag,
+        range: Range<u64>,
+    ) -> BoxFuture<'a, Result<Bytes>> {
+        Box::pin(self.again(move || self.bucket.read(key, etag, range.clone())))
+    }
+
+    fn head<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Facts>>> {
+        Box::pin(self.again(move || self.bucket.head(key)))
+    }
+
+    fn put<'a>(&'a self, key: &'a str, bytes: Bytes, over: Over) -> BoxFuture<'a, Result<Put>> {
+        Box::pin(self.again(move || self.bucket.put(key, bytes.clone(), over)))
+    }
+
+    fn delete<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Delete>> {
+        Box::pin(self.again(move || self.bucket.delete(key)))
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str, page: Option<&'a str>) -> BoxFuture<'a, Result<Page>> {
+        Box::pin(self.again(move || self.bucket.list(prefix, page)))
+    }
+
+    fn begin<'a>(&'a self, key: &'a str, mark: &'a str) -> BoxFuture<'a, Result<UploadId>> {
+        Box::pin(self.again(move || self.bucket.begin(key, mark)))
+    }
+
+    fn put_part<'a>(
+        &'a self,
+        key: &'a str,
+        upload: &'a UploadId,
+        part: Arc<Part>,
+    ) -> BoxFuture<'a, Result<ETag>> {
+        Box::pin(self.again(move || self.bucket.put_part(key, upload, Arc::clone(&part))))
+    }
+
+    fn complete<'a>(
+        &'a self,
+        key: &'a str,
+        upload: &'a UploadId,
+        parts: &'a [StoredAs],
+    ) -> BoxFuture<'a, Result<Complete>> {
+        Box::pin(self.again(move || self.bucket.complete(key, upload, parts)))
+    }
+
+    fn abort<'a>(&'a self, key: &'a str, upload: &'a UploadId) -> BoxFuture<'a, Result<()>> {
+        Box::pin(self.again(move || self.bucket.abort(key, upload)))
+    }
+
+    fn uploads<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<(String, UploadId)>>> {
+        Box::pin(self.again(move || self.bucket.uploads(prefix)))
+    }
+}

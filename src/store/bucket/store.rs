@@ -1,0 +1,283 @@
+//! Images in a bucket.
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use futures_util::{StreamExt, TryStreamExt, stream};
+use serde::de::DeserializeOwned;
+use tokio::runtime::Handle;
+
+use super::{
+    Bucket, Over, Put, Retry,
+    layout::Layout,
+    reader::BucketReader,
+    retry::{BRIEF, PATIENT},
+    sweep,
+    upload::BucketUpload,
+};
+use crate::{
+    error::{Error, Reason, Result},
+    model::{
+        ByteSize, ImageId,
+        host::Space,
+        image::{Manifest, Record},
+    },
+    port::{BoxFuture, Delete, ObjectReader, ObjectStore, Upload},
+    store::{
+        form::{
+            self, EXTENTS, MANIFEST, MAX_MANIFEST, MAX_RECORD, MAX_SMALL, Marker, OBJECT, Owner,
+            RECORD,
+        },
+        skim::Skimmed,
+    },
+};
+
+/// Documents that a list reads at once.
+const READS: usize = 16;
+
+/// An [`ObjectStore`] in a bucket of an object service. Any number of hosts
+/// may share it. Calls are repeated for seconds, an upload's for minutes.
+#[derive(Debug)]
+pub struct BucketStore {
+    store: Arc<Store>,
+}
+
+/// What uploads share with their store.
+#[derive(Debug)]
+pub(super) struct Store {
+    pub name: String,
+    pub layout: Layout,
+    pub owner: Owner,
+    /// For those who wait.
+    pub brief: Retry,
+    /// For uploads.
+    pub patient: Retry,
+    /// Images that this process uploads now.
+    pub living: Mutex<BTreeSet<ImageId>>,
+}
+
+impl Store {
+    pub fn living(&self) -> MutexGuard<'_, BTreeSet<ImageId>> {
+        self.living.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl BucketStore {
+    /// Opens the store called `name` in `bucket`, under `prefix`, and makes
+    /// one there if there is none. `host_id` tells this host, and this
+    /// daemon, from others that use the same bucket.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Bucket`]; `STORE_REFUSED` when something else is there.
+    pub async fn open(
+        name: String,
+        bucket: Arc<dyn Bucket>,
+        prefix: &str,
+        host_id: String,
+    ) -> Result<Self> {
+        let brief = Retry::new(Arc::clone(&bucket), BRIEF);
+        let patient = Retry::new(bucket, PATIENT);
+        let layout = Layout::new(prefix);
+        let owner = Owner::new(host_id, form::random_id()?);
+        let store = Store { name, layout, owner, brief, patient, living: Mutex::default() };
+        store.adopt().await?;
+        Ok(Self { store: Arc::new(store) })
+    }
+}
+
+impl Store {
+    /// Finds the marker, or makes one.
+    async fn adopt(&self) -> Result<()> {
+        let key = self.layout.marker();
+        if self.marker(&key).await? {
+            return Ok(());
+        }
+        let marker = serde_json::to_vec_pretty(&Marker::new(form::random_id()?));
+        let marker = marker.map_err(|cause| {
+            Error::new(Reason::Internal, "cannot write the store's marker").because(cause)
+        })?;
+        match self.brief.put(&key, marker.into(), Over::Nothing).await? {
+            // Another host was quicker.
+            Put::Stored | Put::Exists => Ok(()),
+        }
+    }
+
+    /// Whether the marker is there, and of a version that is understood.
+    async fn marker(&self, key: &str) -> Result<bool> {
+        let Some(bytes) = self.brief.get(key, MAX_SMALL).await? else { return Ok(false) };
+        let known = form::parse::<Marker>(&format!("{}/{key}", self.brief.location()), &bytes);
+        known.map(|_| true).map_err(|error| {
+            let context = format!("the store {:?} is of another imaged", self.name);
+            Error::new(Reason::StoreRefused, context).because(error)
+        })
+    }
+
+    /// The image `id`; `None` if there is no manifest.
+    pub async fn load<M: DeserializeOwned + AsRef<Manifest>>(
+        &self,
+        id: &ImageId,
+    ) -> Result<Option<(M, Record)>> {
+        let path = |file| format!("{}/{}", self.brief.location(), self.layout.file(id, file));
+        let key = self.layout.manifest(id);
+        let Some(bytes) = self.brief.get(&key, MAX_MANIFEST).await? else { return Ok(None) };
+        let manifest: M = form::parse(&path(MANIFEST), &bytes)?;
+        let named = &manifest.as_ref().id;
+        if named != id {
+            let context = format!("{} is of image {named}", path(MANIFEST));
+            return Err(Error::new(Reason::ImageCorrupt, context));
+        }
+        let record = self.layout.file(id, RECORD);
+        let Some(record) = self.brief.get(&record, MAX_RECORD).await? else {
+            // A deletion that began after the manifest was read.
+            if self.brief.head(&key).await?.is_none() {
+                return Ok(None);
+            }
+            let context = format!("{} is missing", path(RECORD));
+            return Err(Error::new(Reason::ImageCorrupt, context));
+        };
+        Ok(Some((manifest, form::parse(&path(RECORD), &record)?)))
+    }
+
+    /// The image `id`, which must be there.
+    async fn existing(&self, id: &ImageId) -> Result<Manifest> {
+        match self.load::<Manifest>(id).await? {
+            Some((manifest, _)) => Ok(manifest),
+            None => Err(Error::new(
+                Reason::ImageNotFound,
+                format!("there is no image {id} in the store {:?}", self.name),
+            )),
+        }
+    }
+
+    /// All names that begin with `prefix`.
+    pub async fn keys(&self, prefix: &str) -> Result<Vec<String>> {
+        let mut keys = Vec::new();
+        let mut next: Option<String> = None;
+        loop {
+            let page = self.brief.list(prefix, next.as_deref()).await?;
+            keys.extend(page.keys);
+            match page.next {
+                Some(more) if next.as_ref() != Some(&more) => next = Some(more),
+                _ => return Ok(keys),
+            }
+        }
+    }
+
+    async fn list(&self) -> Result<Vec<(Manifest, Record)>> {
+        let keys = self.keys(&self.layout.images()).await?;
+        let files = keys.iter().filter_map(|key| self.layout.parse(key));
+        let ids: Vec<_> = files.filter(|(_, file)| *file == MANIFEST).map(|(id, _)| id).collect();
+        let loaded = stream::iter(ids).map(|id| async move {
+            match self.load::<Skimmed>(&id).await {
+                Err(error) if error.reason() == Reason::ImageCorrupt => {
+                    tracing::warn!(store = self.name, %id, ?error, "left out of the list");
+                    Ok(None)
+                }
+                loaded => loaded,
+            }
+        });
+        let whole = loaded.buffer_unordered(READS).try_filter_map(async |found| Ok(found));
+        whole.map_ok(|(Skimmed(manifest), record)| (manifest, record)).try_collect().await
+    }
+
+    /// Removes everything of the image `id`: the manifest first, and last
+    /// what says that the rest may be removed.
+    pub async fn clear(&self, id: &ImageId) -> Result<Delete> {
+        let was = self.brief.delete(&self.layout.manifest(id)).await?;
+        for key in self.layout.rest(id) {
+            let _ = self.brief.delete(&key).await?;
+        }
+        let _ = self.brief.delete(&self.layout.tombstone(id)).await?;
+        Ok(was)
+    }
+}
+
+impl ObjectStore for BucketStore {
+    fn name(&self) -> &str {
+        &self.store.name
+    }
+
+    fn kind(&self) -> &'static str {
+        self.store.brief.kind()
+    }
+
+    fn location(&self) -> String {
+        self.store.brief.location()
+    }
+
+    fn space(&self) -> BoxFuture<'_, Result<Option<Space>>> {
+        Box::pin(async {
+            let store = &self.store;
+            match store.marker(&store.layout.marker()).await? {
+                true => Ok(None),
+                false => {
+                    let context = format!("the store {:?} is gone from its bucket", store.name);
+                    Err(Error::new(Reason::StoreUnavailable, context)
+                        .advice("restart imaged to begin a new store there"))
+                }
+            }
+        })
+    }
+
+    fn begin<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Box<dyn Upload>>> {
+        Box::pin(async move {
+            let upload = BucketUpload::begin(Arc::clone(&self.store), id.clone()).await?;
+            Ok(Box::new(upload) as Box<dyn Upload>)
+        })
+    }
+
+    fn sweep(&self) -> BoxFuture<'_, Result<usize>> {
+        Box::pin(sweep::sweep(&self.store))
+    }
+
+    fn list(&self) -> BoxFuture<'_, Result<Vec<(Manifest, Record)>>> {
+        Box::pin(self.store.list())
+    }
+
+    fn get<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Option<(Manifest, Record)>>> {
+        Box::pin(self.store.load(id))
+    }
+
+    fn open<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Box<dyn ObjectReader>>> {
+        Box::pin(async move {
+            self.store.existing(id).await?;
+            let key = self.store.layout.file(id, OBJECT);
+            let Some(facts) = self.store.brief.head(&key).await? else {
+                let context = format!("{}/{key} is missing", self.location());
+                return Err(Error::new(Reason::ImageCorrupt, context));
+            };
+            let reader =
+                BucketReader::new(self.store.patient.clone(), key, facts, Handle::current());
+            Ok(Box::new(reader) as Box<dyn ObjectReader>)
+        })
+    }
+
+    fn extent_digests<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Vec<u8>>> {
+        Box::pin(async move {
+            let manifest = self.store.existing(id).await?;
+            let key = self.store.layout.file(id, EXTENTS);
+            let path = format!("{}/{key}", self.location());
+            let limit = ByteSize(form::extents_size(&manifest).get() + 1);
+            let Some(bytes) = self.store.brief.get(&key, limit).await? else {
+                return Err(Error::new(Reason::ImageCorrupt, format!("{path} is missing")));
+            };
+            form::digests(&path, &manifest, bytes.into())
+        })
+    }
+
+    fn delete<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Delete>> {
+        Box::pin(async move {
+            let store = &self.store;
+            let Some(manifest) = store.brief.get(&store.layout.manifest(id), MAX_MANIFEST).await?
+            else {
+                return Ok(Delete::AlreadyDeleted);
+            };
+            // What is left after a crash says so to every sweep.
+            let _ = store.brief.put(&store.layout.tombstone(id), manifest, Over::Anything).await?;
+            store.clear(id).await
+        })
+    }
+}

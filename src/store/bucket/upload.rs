@@ -1,0 +1,170 @@
+//! One image's upload into a bucket.
+//!
+//! ```text
+//! claim ─► begin ─► parts, in any order ─► complete ─► documents ─► manifest ─► no claim
+//! ```
+//! The claim is there before anything else, so that a sweep finds whatever a
+//! dead daemon began.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use bytes::Bytes;
+
+use super::{Bucket, Complete, ETag, Facts, Over, Put, StoredAs, UploadId, store::Store};
+use crate::{
+    error::{Error, Reason, Result},
+    model::{ByteSize, ImageId, image::StoredPart},
+    port::{BoxFuture, Part, Sealed, Upload},
+    store::form::{self, EXTENTS, MAX_MANIFEST, OBJECT, RECORD, TRACE, Written},
+};
+
+/// An upload under way.
+pub struct BucketUpload {
+    store: Arc<Store>,
+    id: ImageId,
+    key: String,
+    upload: UploadId,
+    parts: Mutex<BTreeMap<u32, (Written, ETag)>>,
+}
+
+impl BucketUpload {
+    /// Claims the image and begins its object.
+    pub async fn begin(store: Arc<Store>, id: ImageId) -> Result<Self> {
+        // Known before the claim is there: a sweep must not take it.
+        store.living().insert(id.clone());
+        let begun = async {
+            let claim = store.layout.claim(&store.owner.host_id, &id);
+            let owner = form::json(&id, &store.owner)?;
+            let _ = store.brief.put(&claim, owner.into(), Over::Anything).await?;
+            let key = store.layout.file(&id, OBJECT);
+            let upload = store.brief.begin(&key, &store.owner.host_id).await?;
+            Ok((key, upload))
+        };
+        match begun.await {
+            Ok((key, upload)) => Ok(Self { store, id, key, upload, parts: Mutex::default() }),
+            Err(error) => {
+                store.living().remove(&id);
+                Err(error)
+            }
+        }
+    }
+
+    /// What is known of the completed object, if it came of this upload: a
+    /// completion whose answer was lost is done.
+    async fn completed(&self, size: ByteSize) -> Result<Facts> {
+        let facts = self.store.patient.head(&self.key).await?;
+        let ours = |facts: &Facts| {
+            facts.size == size && (facts.mark.is_empty() || facts.mark == self.store.owner.host_id)
+        };
+        facts.filter(ours).ok_or_else(|| {
+            let location = self.store.patient.location();
+            let context = format!("{location} has lost the upload of image {}", self.id);
+            Error::new(Reason::StoreRefused, context).advice(
+                "someone aborted it, or a lifecycle rule of the bucket did: look for rules that \
+                 abort uploads, then ask again",
+            )
+        })
+    }
+
+    /// The parts in order, if they are what the manifest says.
+    fn whole(&self, sealed: &Sealed) -> Result<Vec<StoredAs>> {
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        let written = parts.iter().map(|(number, (part, _))| (*number, part.clone())).collect();
+        let len = parts.values().map(|(part, _)| part.part.size.get()).sum();
+        form::check(&self.id, sealed, &written, len)?;
+        let stored_as = |(&number, (written, etag)): (&u32, &(Written, ETag))| StoredAs {
+            number,
+            etag: etag.clone(),
+            sha256: written.part.sha256,
+        };
+        Ok(parts.iter().map(stored_as).collect())
+    }
+
+    /// Makes the image exist, also when the answer to an earlier try was lost.
+    async fn reveal(&self, manifest: Bytes) -> Result<()> {
+        let (store, key) = (&self.store, self.store.layout.manifest(&self.id));
+        match store.patient.put(&key, manifest.clone(), Over::Nothing).await? {
+            Put::Stored => Ok(()),
+            Put::Exists => match store.patient.get(&key, MAX_MANIFEST).await? {
+                Some(there) if there == manifest => Ok(()),
+                _ => {
+                    let context = format!("{}/{key} is another image's", store.patient.location());
+                    Err(Error::new(Reason::Internal, context))
+                }
+            },
+        }
+    }
+
+    /// Ends the claim; one that stays is swept.
+    async fn unclaim(&self) {
+        let store = &self.store;
+        let claim = store.layout.claim(&store.owner.host_id, &self.id);
+        if let Err(error) = store.brief.delete(&claim).await {
+            tracing::warn!(id = %self.id, ?error, "the claim of an image stays");
+        }
+    }
+}
+
+impl Upload for BucketUpload {
+    fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let etag =
+                self.store.patient.put_part(&self.key, &self.upload, Arc::clone(&part)).await?;
+            let stored = StoredPart { size: part.size, sha256: part.sha256 };
+            let written = Written { offset: part.offset, part: stored };
+            let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+            parts.insert(part.number, (written, etag));
+            Ok(())
+        })
+    }
+
+    fn seal(&self, sealed: Arc<Sealed>) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let parts = self.whole(&sealed)?;
+            let record = form::json(&self.id, &sealed.record)?;
+            let manifest = form::manifest(&self.id, &sealed.manifest)?;
+            let (store, id) = (&self.store, &self.id);
+
+            match store.patient.complete(&self.key, &self.upload, &parts).await? {
+                Complete::Done | Complete::NoUpload => {}
+            }
+            self.completed(sealed.manifest.stored.object_size).await?;
+            let digests = Bytes::copy_from_slice(&sealed.extent_digests);
+            let trace = sealed.trace.as_deref().map(|trace| (TRACE, Bytes::copy_from_slice(trace)));
+            let documents = [(EXTENTS, digests), (RECORD, record.into())];
+            for (file, bytes) in documents.into_iter().chain(trace) {
+                let key = store.layout.file(id, file);
+                let _ = store.patient.put(&key, bytes, Over::Anything).await?;
+            }
+            self.reveal(manifest.into()).await?;
+            self.unclaim().await;
+            Ok(())
+        })
+    }
+
+    fn abort(&self) -> BoxFuture<'_, Result<()>> {
+        Box::pin(async move {
+            let store = &self.store;
+            store.brief.abort(&self.key, &self.upload).await?;
+            let _ = store.clear(&self.id).await?;
+            self.unclaim().await;
+            Ok(())
+        })
+    }
+}
+
+impl Drop for BucketUpload {
+    fn drop(&mut self) {
+        self.store.living().remove(&self.id);
+    }
+}
+
+impl fmt::Debug for BucketUpload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BucketUpload({} into {})", self.id, self.store.patient.location())
+    }
+}

@@ -1,0 +1,199 @@
+//! What gives access to a store: read where only root can, shown nowhere.
+//!
+//! ```text
+//! `credentials` of the store's table
+//!   else the systemd credential store.NAME ($CREDENTIALS_DIRECTORY)
+//!   else the environment, or the file that the service's own tools read
+//! ```
+//! Files are as those tools write them: sections of `key = value`.
+
+use std::{
+    env,
+    fs::File,
+    io::Read,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use super::s3;
+use crate::error::{Context, Error, Reason, Result};
+
+/// Largest file of credentials: some keys.
+const MAX_FILE: u64 = 64 << 10;
+
+/// Where the credentials of one store may be.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The store's name.
+    pub store: String,
+    /// The file that the configuration names.
+    pub file: Option<PathBuf>,
+    /// The section of the file that the configuration names.
+    pub profile: Option<String>,
+}
+
+impl Place {
+    /// Reads what gives access to an S3 service. Blocks.
+    ///
+    /// # Errors
+    ///
+    /// `STORE_DENIED`: there is nothing, or it cannot be read.
+    pub fn s3(&self) -> Result<s3::Credentials> {
+        let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());
+        let Some(file) = self.found() else {
+            let keys = (variable("AWS_ACCESS_KEY_ID"), variable("AWS_SECRET_ACCESS_KEY"));
+            let (Some(access_key_id), Some(secret_access_key)) = keys else {
+                return Err(self.none("or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"));
+            };
+            let session_token = variable("AWS_SESSION_TOKEN");
+            return Ok(s3::Credentials { access_key_id, secret_access_key, session_token });
+        };
+        let section = self.section(&file, "default")?;
+        Ok(s3::Credentials {
+            access_key_id: section.required("aws_access_key_id")?,
+            secret_access_key: section.required("aws_secret_access_key")?,
+            session_token: section.get("aws_session_token"),
+        })
+    }
+
+    /// The file that is there.
+    fn found(&self) -> Option<PathBuf> {
+        let of_systemd = || {
+            let dir = env::var_os("CREDENTIALS_DIRECTORY")?;
+            let file = Path::new(&dir).join(format!("store.{}", self.store));
+            file.exists().then_some(file)
+        };
+        self.file.clone().or_else(of_systemd)
+    }
+
+    fn none(&self, or: &str) -> Error {
+        let store = &self.store;
+        Error::new(Reason::StoreDenied, format!("there are no credentials for the store {store:?}"))
+            .advice(format!(
+                "name a file with `credentials` in [stores.{store}], or let systemd load the \
+                 credential store.{store}, {or}"
+            ))
+    }
+
+    fn section(&self, file: &Path, default: &str) -> Result<Section> {
+        let name = self.profile.as_deref().unwrap_or(default);
+        let text = read(file)?;
+        let entries = section(&text, name).ok_or_else(|| {
+            let context = format!("there is no section [{name}] in {}", file.display());
+            Error::new(Reason::StoreDenied, context)
+                .advice("`profile` in the store's table names the section")
+        })?;
+        Ok(Section { file: file.to_owned(), name: name.to_owned(), entries })
+    }
+}
+
+/// Keys and values of one section.
+struct Section {
+    file: PathBuf,
+    name: String,
+    entries: Vec<(String, String)>,
+}
+
+impl Section {
+    fn get(&self, key: &str) -> Option<String> {
+        self.entries.iter().find(|(name, _)| name == key).map(|(_, value)| value.clone())
+    }
+
+    fn required(&self, key: &str) -> Result<String> {
+        self.get(key).filter(|value| !value.is_empty()).ok_or_else(|| {
+            let (name, file) = (&self.name, self.file.display());
+            Error::new(Reason::StoreDenied, format!("section [{name}] of {file} has no {key}"))
+        })
+    }
+}
+
+/// A file that nobody else may read, as text.
+fn read(path: &Path) -> Result<String> {
+    let unreadable = || format!("the credentials {} cannot be read", path.display());
+    let file = File::open(path).context(Reason::StoreDenied, unreadable)?;
+    let facts = file.metadata().context(Reason::StoreDenied, unreadable)?;
+    if facts.mode() & 0o007 != 0 {
+        let context = format!("everyone on this host may read or write {}", path.display());
+        return Err(Error::new(Reason::StoreDenied, context)
+            .advice(format!("take that from them: chmod 600 {}", path.display())));
+    }
+    let mut text = String::new();
+    let read = file.take(MAX_FILE).read_to_string(&mut text);
+    read.context(Reason::StoreDenied, unreadable)?;
+    Ok(text)
+}
+
+/// The entries of the section `name`.
+fn section(text: &str, name: &str) -> Option<Vec<(String, String)>> {
+    let lines = text.lines().map(str::trim);
+    let mut lines = lines.filter(|line| !line.is_empty() && !line.starts_with(['#', ';']));
+    let header = |line: &str| Some(line.strip_prefix('[')?.strip_suffix(']')?.trim().to_owned());
+    lines.find(|line| header(line).as_deref() == Some(name))?;
+    let entries = lines.take_while(|line| header(line).is_none());
+    let entry = |line: &str| {
+        let (key, value) = line.split_once('=')?;
+        Some((key.trim().to_ascii_lowercase(), value.trim().to_owned()))
+    };
+    Some(entries.filter_map(entry).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt};
+
+    use super::*;
+
+    fn place(text: &str, mode: u32, profile: Option<&str>) -> (tempfile::TempDir, Place) {
+        let temp = tempfile::tempdir().unwrap();
+        let file = temp.path().join("keys");
+        fs::write(&file, text).unwrap();
+        fs::set_permissions(&file, fs::Permissions::from_mode(mode)).unwrap();
+        let profile = profile.map(str::to_owned);
+        (temp, Place { store: "far".into(), file: Some(file), profile })
+    }
+
+    const FILE: &str = "# keys\n[default]\naws_access_key_id = AK\naws_secret_access_key=s=e\n\
+                        \n[other]\naws_access_key_id = AK2\n";
+
+    #[test]
+    fn keys_are_read_as_the_tools_write_them() {
+        let (_temp, place) = place(FILE, 0o600, None);
+        let keys = place.s3().unwrap();
+        assert_eq!((&*keys.access_key_id, &*keys.secret_access_key), ("AK", "s=e"));
+        assert_eq!(keys.session_token, None);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_without_what_is_secret() {
+        let said = |text, mode, profile| {
+            let (temp, place) = place(text, mode, profile);
+            let report = place.s3().unwrap_err().report();
+            report.replace(temp.path().to_str().unwrap(), "/etc")
+        };
+        let all = [
+            said(FILE, 0o644, None),
+            said(FILE, 0o600, Some("other")),
+            said(FILE, 0o600, Some("third")),
+            said("hush", 0o600, None),
+        ];
+        insta::assert_snapshot!(all.join("\n"), @"
+        everyone on this host may read or write /etc/keys
+          help: take that from them: chmod 600 /etc/keys
+        section [other] of /etc/keys has no aws_secret_access_key
+        there is no section [third] in /etc/keys
+          help: `profile` in the store's table names the section
+        there is no section [default] in /etc/keys
+          help: `profile` in the store's table names the section
+        ");
+        let missing = Place { store: "far".into(), file: Some("/nowhere".into()), profile: None };
+        insta::assert_snapshot!(missing.s3().unwrap_err().report(), @"
+        the credentials /nowhere cannot be read
+          0: No such file or directory (os error 2)
+        ");
+        let none = Place { store: "far".into(), file: None, profile: None };
+        insta::assert_snapshot!(none.none("or set X").report(), @r#"
+        there are no credentials for the store "far"
+          help: name a file with `credentials` in [stores.far], or let systemd load the credential store.far, or set X
+        "#);
+    }
+}

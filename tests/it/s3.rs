@@ -1,0 +1,114 @@
+//! Images in an S3 bucket: a real SeaweedFS, and a proxy that does to requests
+//! what networks do.
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    lab::{Config, Daemon, noise, run, scratch, sparse_file, text},
+    proxy::{FaultPlan, FaultProxy},
+    weed::Weed,
+};
+
+const MIB: u64 = 1 << 20;
+
+/// A volume with noise and text, whose image has some parts.
+pub fn volume(dir: &Path, noisy: u64) -> PathBuf {
+    let path = dir.join("volume.raw");
+    let len = usize::try_from(noisy * MIB).unwrap();
+    let data = [(0, noise(len, noisy)), ((noisy + 8) * MIB, text(3 << 20))];
+    sparse_file(&path, (noisy + 64) * MIB, &data);
+    path
+}
+
+fn daemon(weed: &Weed, address: std::net::SocketAddr, dir: &Path) -> Daemon {
+    let lines = format!("boot_volume_dirs = [{dir:?}]\n{}", weed.config(address, dir));
+    Daemon::start(&Config { lines, ..Config::default() })
+}
+
+/// The object of image `id`, fetched by boto3, is a sound image of `volume`.
+fn judge(weed: &Weed, id: &str, volume: &Path, dir: &Path) {
+    let object = dir.join("fetched.qcow2");
+    let fetch = format!("s3.download_file(bucket, 'images/{id}/image.qcow2', {object:?})");
+    weed.python(&fetch);
+    let (object, volume) = (object.to_str().unwrap(), volume.to_str().unwrap());
+    run("qemu-img", &["check", "-q", "-f", "qcow2", object]);
+    run("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", volume, object]);
+}
+
+#[test]
+#[ignore = "needs root, QEMU's tools and SeaweedFS"]
+fn root_s3_an_image_goes_there_is_read_back_and_deleted() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = volume(dir.path(), 40);
+    let weed = Weed::start();
+    let daemon = daemon(&weed, weed.address(), dir.path());
+    let image = daemon.create(&volume, &[]);
+    let id = image["id"].as_str().unwrap();
+    assert_eq!(image["store"], "far");
+    judge(&weed, id, &volume, dir.path());
+    let verified = daemon.imagectl(&["image", "verify", "--image-id", id]);
+    assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
+
+    let named = |file: &str| format!("images/{id}/{file}");
+    let wanted = ["extents.blake3", "image.qcow2", "manifest.json", "record.json"].map(named);
+    assert_eq!(weed.keys(), [&["imaged-store.json".to_owned()], &wanted[..]].concat());
+    assert_eq!(weed.uploads(), 0);
+    let delete = daemon.imagectl(&["image", "delete", "--force", "--image-id", id]);
+    assert!(delete.status.success(), "{}", String::from_utf8_lossy(&delete.stderr));
+    assert_eq!(weed.keys(), ["imaged-store.json"]);
+}
+
+/// Uploads under faults: 200 is what `make soak` does.
+fn uploads() -> u64 {
+    std::env::var("IMAGED_TEST_UPLOADS").map_or(40, |count| count.parse().unwrap())
+}
+
+#[test]
+#[ignore = "needs root and SeaweedFS"]
+fn root_s3_each_upload_through_a_bad_network_is_whole_or_absent() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = volume(dir.path(), 32);
+    let weed = Weed::start();
+    let proxy = FaultProxy::start(weed.address());
+    let daemon = daemon(&weed, proxy.address(), dir.path());
+    let seed = std::env::var("IMAGED_TEST_SEED").map_or_else(|_| fresh(), |s| s.parse().unwrap());
+    println!("replay with IMAGED_TEST_SEED={seed}");
+    let (mut made, mut failed) = (Vec::new(), Vec::new());
+    for round in 0..uploads() {
+        // From a bad day to one on which nothing works for long.
+        proxy.plan(FaultPlan::random(seed + round, [50, 150, 300, 700][round as usize % 4]));
+        let volume = volume.to_str().unwrap();
+        let create = ["image", "create", "--boot-volume", volume, "--output", "json"];
+        let output = daemon.imagectl(&[&create[..], &["--wait-for-state", "AVAILABLE"]].concat());
+        if output.status.success() {
+            let said: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+            made.push(said["data"]["id"].as_str().unwrap().to_owned());
+        } else {
+            failed.push(String::from_utf8(output.stderr).unwrap());
+        }
+    }
+    proxy.plan(FaultPlan::none());
+    println!("{} made, {} failed: {failed:#?}", made.len(), failed.len());
+    for said in &failed {
+        assert!(said.contains("help:"), "{said}");
+    }
+    assert!(made.len() > failed.len(), "most faults are to be survived");
+
+    // The same volume gives the same object, byte by byte.
+    let digests = weed.python(&format!(
+        "import hashlib\n\
+         for id in {made:?}:\n  \
+         body = s3.get_object(Bucket=bucket, Key=f'images/{{id}}/image.qcow2')['Body']\n  \
+         print(hashlib.sha256(body.read()).hexdigest())\n"
+    ));
+    let digests: std::collections::BTreeSet<_> = digests.lines().collect();
+    assert_eq!(digests.len(), 1, "{digests:?}");
+    judge(&weed, &made[0], &volume, dir.path());
+    // What a failed one left when even its abort failed, the next start takes.
+    let kept = daemon.stop();
+    drop(kept);
+}
+
+fn fresh() -> u64 {
+    std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos().into()
+}
