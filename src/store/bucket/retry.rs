@@ -7,7 +7,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{Bucket, Complete, ETag, Facts, Over, Page, Put, StoredAs, UploadId};
 use crate::{
-    error::{Reason, Result},
+    error::{Error, Reason, Result},
     model::ByteSize,
     port::{BoxFuture, Delete, Part},
 };
@@ -43,7 +43,7 @@ impl Retry {
 
     async fn again<'a, T>(&'a self, call: impl Fn() -> BoxFuture<'a, Result<T>>) -> Result<T> {
         let begin = Instant::now();
-        let mut pause = FIRST;
+        let (mut pause, mut tries) = (FIRST, 1);
         loop {
             let error = match call().await {
                 Err(error) if error.reason() == Reason::StoreUnavailable => error,
@@ -51,15 +51,26 @@ impl Retry {
             };
             let wait = error.pause().unwrap_or(jittered(pause)).min(self.patience);
             if begin.elapsed() + wait > self.patience {
-                return Err(error);
+                return Err(given_up(error, begin.elapsed(), tries));
             }
-            if pause == FIRST {
+            // The first cause: those that follow may only be its consequences.
+            if tries == 1 {
                 tracing::warn!("{error:?}; asking again");
             }
             sleep(wait).await;
-            pause = LONGEST.min(pause * 2);
+            (pause, tries) = (LONGEST.min(pause * 2), tries + 1);
         }
     }
+}
+
+fn given_up(error: Error, after: Duration, tries: u32) -> Error {
+    let seconds = after.as_secs();
+    let context = format!("the store was asked {tries} times in {seconds} s, in vain");
+    let advice = error.advice_text().unwrap_or(
+        "look whether the service runs and whether this host reaches it, then ask again",
+    );
+    let advice = advice.to_owned();
+    Error::new(error.reason(), context).because(error).advice(advice)
 }
 
 /// Between half of `pause` and all of it: who was refused together does not

@@ -182,6 +182,11 @@ impl S3Bucket {
     }
 }
 
+/// Whether `etag` is the MD5 of `body`, as it mostly is of small objects.
+fn is_md5_of(etag: &str, body: &[u8]) -> bool {
+    etag.trim_matches('"') == sign::hex(&Md5::digest(body))
+}
+
 /// What is to be done about a refusal. Codes: Amazon S3 API Reference, "Error
 /// responses".
 fn trouble(refusal: &Refusal, answer: &Answer) -> Trouble {
@@ -222,8 +227,19 @@ impl Bucket for S3Bucket {
     fn get<'a>(&'a self, key: &'a str, limit: ByteSize) -> BoxFuture<'a, Result<Option<Bytes>>> {
         Box::pin(async move {
             let what = format!("read {key}");
-            let ask = Ask { limit, ..Ask::new(Method::GET, key, &what) };
-            Ok(self.find(ask, "NoSuchKey").await?.map(|answer| answer.body))
+            let ask = || Ask { limit, ..Ask::new(Method::GET, key, &what) };
+            let Some(answer) = self.find(ask(), "NoSuchKey").await? else { return Ok(None) };
+            if is_md5_of(answer.header("etag"), &answer.body) {
+                return Ok(Some(answer.body));
+            }
+            // Bytes were damaged on the way, or the ETag is no MD5, as that of
+            // an object that the service encrypts: then they are the same again.
+            let again = self.find(ask(), "NoSuchKey").await?.map(|again| again.body);
+            if again.as_ref().is_some_and(|again| *again != answer.body) {
+                let context = format!("{} cannot {what}: it differs each time", self.location());
+                return Err(Error::new(Reason::StoreUnavailable, context));
+            }
+            Ok(again)
         })
     }
 
