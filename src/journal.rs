@@ -1,19 +1,26 @@
-//! What survives a restart: an embedded database with two tables.
+//! What survives a restart: an embedded database with four tables.
 //!
 //! ```text
-//! work_requests  {"version": 1, "workRequest": {…}}   both by the id
+//! work_requests  {"version": 1, "workRequest": {…}}   by the id
 //! traces         {"version": 1, "trace": {…}}         of a work request
+//! parts          {"version": 1, "part": {…}}          by that and the part's number
+//! blobs          bytes that belong to a part          by that and their kind
 //! ```
+//! Only the newest of the blobs that say how an encoder stood are kept: they
+//! take turns.
+//!
 //! One thread owns the database, because its calls block on fsync; callers
 //! wait in a bounded channel, no longer than a minute. An answer means that
 //! the change is durable. A change is not taken back when its caller stops
 //! waiting for it.
 
 use std::{
+    collections::BTreeMap,
     error::Error as StdError,
     fmt,
     fs::{File, OpenOptions},
     io,
+    ops::Range,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     thread::{self, JoinHandle},
@@ -32,12 +39,25 @@ use tokio::{
 
 use crate::{
     error::{Cause, Context, Error, Reason, Result},
-    model::{WorkRequestId, trace::Trace, work_request::WorkRequest},
+    model::{
+        WorkRequestId,
+        image::StoredPart,
+        trace::Trace,
+        upload::{KeptPart, Receipt},
+        work_request::WorkRequest,
+    },
     port::{self, BoxFuture},
 };
 
 const WORK_REQUESTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("work_requests");
 const TRACES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("traces");
+
+const PARTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("parts");
+const BLOBS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("blobs");
+
+/// How an encoder stood after so many parts is remembered: more than are on
+/// their way to a store at once.
+const STANDINGS: u32 = 8;
 
 type Table = TableDefinition<'static, &'static str, &'static [u8]>;
 
@@ -77,6 +97,9 @@ enum Command {
     Get { table: Table, key: String, done: oneshot::Sender<Result<Option<Vec<u8>>, Failed>> },
     Load { done: oneshot::Sender<Result<Vec<Entry>, Failed>> },
     Forget { keys: Vec<String>, done: oneshot::Sender<Result<(), Failed>> },
+    PutAll { entries: Vec<(Table, String, Vec<u8>)>, done: oneshot::Sender<Result<(), Failed>> },
+    Range { table: Table, id: String, done: oneshot::Sender<Result<Vec<Entry>, Failed>> },
+    ForgetParts { id: String, done: oneshot::Sender<Result<(), Failed>> },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -90,6 +113,22 @@ struct Value<T> {
 struct Traced<T> {
     version: u32,
     trace: T,
+}
+
+/// A part without its blobs.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Parted {
+    version: u32,
+    number: u32,
+    stored: StoredPart,
+    receipt: Option<Receipt>,
+    digests: Vec<u8>,
+}
+
+/// The key of something that belongs to a part of the upload of `id`.
+fn key_of(id: &str, number: u32) -> String {
+    format!("{id}/{number:05}")
 }
 
 /// Enough of a value to know whether the rest can be read.
@@ -225,6 +264,67 @@ impl port::Journal for Journal {
         })
     }
 
+    fn put_part<'a>(&'a self, id: &'a WorkRequestId, part: KeptPart) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let KeptPart { number, stored, receipt, standing, digests, body } = part;
+            let parted = Parted { version: VERSION, number, stored, receipt, digests };
+            let value = serde_json::to_vec(&parted).context(Reason::Internal, || {
+                format!("part {number} of {id} cannot be serialised")
+            })?;
+            // With its number, because others had its turn before.
+            let standing = [&number.to_le_bytes()[..], &standing].concat();
+            let mut entries = vec![
+                (PARTS, key_of(id.as_str(), number), value),
+                (BLOBS, format!("{id}/standing-{}", number % STANDINGS), standing),
+            ];
+            if !body.is_empty() {
+                entries.push((BLOBS, format!("{id}/body"), body));
+            }
+            self.ask(
+                || format!("part {number} of {id} could not be written to"),
+                |done| Command::PutAll { entries, done },
+            )
+            .await
+        })
+    }
+
+    fn parts<'a>(&'a self, id: &'a WorkRequestId) -> BoxFuture<'a, Result<Vec<KeptPart>>> {
+        Box::pin(async move {
+            let range = async |table| {
+                let doing = || format!("the parts of {id} could not be read from");
+                self.ask(doing, |done| Command::Range { table, id: id.to_string(), done }).await
+            };
+            let mut blobs: BTreeMap<String, Vec<u8>> = range(BLOBS).await?.into_iter().collect();
+            let mut blob = |kind: String| blobs.remove(&format!("{id}/{kind}")).unwrap_or_default();
+            let mut standings = BTreeMap::new();
+            for turn in 0..STANDINGS {
+                if let Some((number, standing)) =
+                    blob(format!("standing-{turn}")).split_at_checked(4)
+                {
+                    let number: [u8; 4] = number.try_into().unwrap_or_default();
+                    standings.insert(u32::from_le_bytes(number), standing.to_vec());
+                }
+            }
+            let mut body = blob("body".to_owned());
+            let mut parts = Vec::new();
+            for (key, value) in range(PARTS).await? {
+                let Parted { number, stored, receipt, digests, .. } =
+                    decode(&key, &value, &self.path)?;
+                let standing = standings.remove(&number).unwrap_or_default();
+                let body = if receipt.is_none() { std::mem::take(&mut body) } else { Vec::new() };
+                parts.push(KeptPart { number, stored, receipt, standing, digests, body });
+            }
+            Ok(parts)
+        })
+    }
+
+    fn forget_parts<'a>(&'a self, id: &'a WorkRequestId) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            let doing = || format!("the parts of {id} could not be removed from");
+            self.ask(doing, |done| Command::ForgetParts { id: id.to_string(), done }).await
+        })
+    }
+
     fn load(&self) -> BoxFuture<'_, Result<Vec<WorkRequest>>> {
         Box::pin(async move {
             let doing = || "nothing could be read from".to_owned();
@@ -299,6 +399,15 @@ impl Store {
                 Command::Forget { keys, done } => {
                     let _ = done.send(self.with(|database| forget(database, &keys)));
                 }
+                Command::PutAll { entries, done } => {
+                    let _ = done.send(self.with(|database| put_all(database, &entries)));
+                }
+                Command::Range { table, id, done } => {
+                    let _ = done.send(self.with(|database| range(database, table, &id)));
+                }
+                Command::ForgetParts { id, done } => {
+                    let _ = done.send(self.with(|database| forget_parts(database, &id)));
+                }
             }
         }
     }
@@ -336,6 +445,8 @@ fn open_database(file: File) -> Result<Database, Failed> {
     let transaction = database.begin_write()?;
     transaction.open_table(WORK_REQUESTS)?;
     transaction.open_table(TRACES)?;
+    transaction.open_table(PARTS)?;
+    transaction.open_table(BLOBS)?;
     transaction.commit()?;
     Ok(database)
 }
@@ -363,6 +474,39 @@ fn load(database: &Database) -> Result<Vec<Entry>, Failed> {
     Ok(all)
 }
 
+fn put_all(database: &Database, entries: &[(Table, String, Vec<u8>)]) -> Result<(), Failed> {
+    let transaction = database.begin_write()?;
+    for (table, key, value) in entries {
+        transaction.open_table(*table)?.insert(key.as_str(), value.as_slice())?;
+    }
+    Ok(transaction.commit()?)
+}
+
+/// All keys of `id`: `/` is followed by `0` in the order of bytes.
+fn of(id: &str) -> Range<String> {
+    format!("{id}/")..format!("{id}0")
+}
+
+fn range(database: &Database, table: Table, id: &str) -> Result<Vec<Entry>, Failed> {
+    let table = database.begin_read()?.open_table(table)?;
+    let (begin, end) = (of(id).start, of(id).end);
+    let mut all = Vec::new();
+    for entry in table.range(begin.as_str()..end.as_str())? {
+        let (key, value) = entry?;
+        all.push((key.value().to_owned(), value.value().to_vec()));
+    }
+    Ok(all)
+}
+
+fn forget_parts(database: &Database, id: &str) -> Result<(), Failed> {
+    let transaction = database.begin_write()?;
+    for table in [PARTS, BLOBS] {
+        let (begin, end) = (of(id).start, of(id).end);
+        transaction.open_table(table)?.retain_in(begin.as_str()..end.as_str(), |_, _| false)?;
+    }
+    Ok(transaction.commit()?)
+}
+
 fn forget(database: &Database, keys: &[String]) -> Result<(), Failed> {
     let transaction = database.begin_write()?;
     for table in [WORK_REQUESTS, TRACES] {
@@ -371,7 +515,8 @@ fn forget(database: &Database, keys: &[String]) -> Result<(), Failed> {
             table.remove(key.as_str())?;
         }
     }
-    Ok(transaction.commit()?)
+    transaction.commit()?;
+    keys.iter().try_for_each(|key| forget_parts(database, key))
 }
 
 #[cfg(test)]
@@ -381,7 +526,8 @@ mod tests {
     use super::*;
     use crate::{
         model::{
-            Timestamp,
+            ByteSize, Timestamp,
+            image::ObjectDigest,
             trace::Dropped,
             work_request::{Operation, Phase, Progress, Status},
         },
@@ -407,6 +553,7 @@ mod tests {
             retry: None,
             undo: None,
             rehearsal: None,
+            resume: None,
         }
     }
 
@@ -439,7 +586,28 @@ mod tests {
         journal.put_trace(&new.id, &trace).await.unwrap();
         assert_eq!(journal.trace(&new.id).await.unwrap(), Some(trace));
         assert_eq!(journal.trace(&old.id).await.unwrap(), None);
+        let part = |number: u32| KeptPart {
+            number,
+            stored: StoredPart { size: ByteSize(7), sha256: ObjectDigest([1; 32]) },
+            receipt: (number > 1).then(|| Receipt("etag".into())),
+            standing: vec![9; number as usize],
+            digests: vec![4],
+            body: if number == 1 { vec![5; 100] } else { Vec::new() },
+        };
+        for number in (1..=20).rev() {
+            journal.put_part(&new.id, part(number)).await.unwrap();
+            journal.put_part(&old.id, part(number)).await.unwrap();
+        }
+        // They came backwards, so the first are the newest.
+        let kept = journal.parts(&new.id).await.unwrap();
+        let standing = |number| if number <= 8 { part(number).standing } else { Vec::new() };
+        let wanted = (1..=20).map(|n| KeptPart { standing: standing(n), ..part(n) });
+        assert_eq!(kept, wanted.collect::<Vec<_>>());
+        journal.forget_parts(&old.id).await.unwrap();
+        assert_eq!(journal.parts(&old.id).await.unwrap(), []);
+        assert_eq!(journal.parts(&new.id).await.unwrap().len(), 20);
         journal.forget(&[new.id.clone(), request(3_000).id]).await.unwrap();
+        assert_eq!(journal.parts(&new.id).await.unwrap(), []);
         assert_eq!(journal.trace(&new.id).await.unwrap(), None);
         assert_eq!(journal.load().await.unwrap(), [old]);
         assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o600);

@@ -22,7 +22,7 @@ pub use futures_util::future::BoxFuture;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    error::{Error, Result},
+    error::{Error, Reason, Result},
     model::{
         ByteSize, ImageId, Timestamp, WorkRequestId,
         host::Space,
@@ -30,6 +30,7 @@ use crate::{
         instance::{Instance, PowerState},
         live::{LiveSource, Mode, PointInTime, Undo},
         trace::Trace,
+        upload::{KeptPart, Receipt, ResumeSource, UploadToken, VolumeMark},
         work_request::WorkRequest,
     },
     recorder::Recorder,
@@ -63,6 +64,20 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
         order: SnapshotOrder,
         recorder: Arc<Recorder>,
     ) -> BoxFuture<'a, Result<Box<dyn Prepared>>>;
+
+    /// Takes over a snapshot that another session took and left: `source` is
+    /// a [`ResumeSource::Live`], `undo` its undo.
+    ///
+    /// # Errors
+    ///
+    /// As [`prepare`](Self::prepare); `SNAPSHOT_BROKEN` when it is not there
+    /// any more.
+    fn regain<'a>(
+        &'a self,
+        undo: &'a Undo,
+        source: &'a ResumeSource,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<Box<dyn LiveSnapshot>>>;
 
     /// Takes a snapshot back that another session took: thaws the guest,
     /// gives it its disk back, removes what was added. What is gone already
@@ -195,6 +210,13 @@ pub trait HeldVolume: Send + fmt::Debug {
     /// What it is.
     fn facts(&self) -> &VolumeFacts;
 
+    /// What tells later whether anything was written to it meanwhile; `None`
+    /// where the kernel does not tell, and of a snapshot.
+    fn mark(&self) -> Option<VolumeMark>;
+
+    /// Lets [`read`](Self::read) begin at this extent: those before are known.
+    fn begin_at(&mut self, extent: u64);
+
     /// Reads the whole volume and sends it as pieces that cover it exactly
     /// once. Holes come in order; extents may overtake each other and
     /// everything, by a bounded number of places.
@@ -277,9 +299,27 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     ///
     /// `STORE_UNAVAILABLE`, `STORE_FULL`.
     fn begin<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Box<dyn Upload>>>;
-    /// Removes what dead uploads of this host left. To be called before any
+    /// Goes on with the upload of an image, which has these parts, after its
+    /// process died: see [`Upload::token`].
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Self::begin); `STORE_REFUSED` when there is nothing to go
+    /// on with.
+    fn resume<'a>(
+        &'a self,
+        id: &'a ImageId,
+        token: &'a UploadToken,
+        parts: Vec<KeptPart>,
+    ) -> BoxFuture<'a, Result<Box<dyn Upload>>> {
+        let (_, _) = (token, parts);
+        let context = format!("the store cannot go on with the upload of image {id}");
+        Box::pin(async { Err(Error::new(Reason::StoreRefused, context)) })
+    }
+    /// Removes what dead uploads of this host left, but for those of the
+    /// images in `keep`, which are gone on with. To be called before any
     /// upload begins. Returns how many there were.
-    fn sweep(&self) -> BoxFuture<'_, Result<usize>>;
+    fn sweep<'a>(&'a self, keep: &'a [ImageId]) -> BoxFuture<'a, Result<usize>>;
 
     /// Every whole image, in no order, without its parts: there are up to
     /// 51,200 of each, and a list shows none. An image whose manifest cannot
@@ -310,12 +350,15 @@ pub enum Delete {
 /// [`abort`](Upload::abort) leaves the cleaning to the next
 /// [`ObjectStore::sweep`].
 pub trait Upload: Send + Sync + fmt::Debug {
-    /// Stores one part. Parts come concurrently and in any order, each once.
+    /// What the store needs to go on with it; `None` where it cannot.
+    fn token(&self) -> Option<UploadToken>;
+    /// Stores one part. Parts come concurrently and in any order, each once;
+    /// one that the store has already is not sent again.
     ///
     /// # Errors
     ///
     /// `STORE_FULL`, `STORE_UNAVAILABLE`.
-    fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<()>>;
+    fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<Receipt>>;
     /// Makes the image exist: everything durable, then the manifest, last.
     /// All parts must have been put. After an error nothing is visible, and
     /// the upload is to be aborted.
@@ -519,8 +562,27 @@ pub trait Journal: Send + Sync + fmt::Debug {
     ///
     /// `JOURNAL_FAILED`.
     fn trace<'a>(&'a self, id: &'a WorkRequestId) -> BoxFuture<'a, Result<Option<Trace>>>;
+    /// Keeps what the store has of the upload of `id`, and how to go on after
+    /// it.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`.
+    fn put_part<'a>(&'a self, id: &'a WorkRequestId, part: KeptPart) -> BoxFuture<'a, Result<()>>;
+    /// The parts of the upload of `id`, by number.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`.
+    fn parts<'a>(&'a self, id: &'a WorkRequestId) -> BoxFuture<'a, Result<Vec<KeptPart>>>;
+    /// Forgets the parts of the upload of `id`.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`.
+    fn forget_parts<'a>(&'a self, id: &'a WorkRequestId) -> BoxFuture<'a, Result<()>>;
     /// Everything that is kept, oldest first.
     fn load(&self) -> BoxFuture<'_, Result<Vec<WorkRequest>>>;
-    /// Forgets these, with what they said; unknown ids are no error.
+    /// Forgets these, with all that is theirs; unknown ids are no error.
     fn forget<'a>(&'a self, ids: &'a [WorkRequestId]) -> BoxFuture<'a, Result<()>>;
 }

@@ -79,7 +79,7 @@ pub(super) fn hold(
     let writes = Writes::until_now(host, identity, &file)
         .context(Reason::VolumeUnavailable, || format!("cannot measure {}", path.display()))?;
     let source = measured(named, Opened { file, size, sector_size }, backing.as_ref())?;
-    Ok(Held { source, settings, _backing: backing.map(|backing| backing.file), writes })
+    Ok(Held { source, settings, _backing: backing.map(|backing| backing.file), writes, from: 0 })
 }
 
 /// Opens a volume that its guest writes to, for reads beside it, and maps it.

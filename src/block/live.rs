@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     error::{Error, Reason, Result},
-    model::{ByteSize, live::LiveSource},
+    model::{ByteSize, live::LiveSource, upload::VolumeMark},
     port::{HeldVolume, Pace, Piece, VolumeFacts},
     sys::slab::Buffer,
 };
@@ -40,6 +40,8 @@ pub(super) struct Live {
     facts: VolumeFacts,
     settings: ReaderSettings,
     pace: Pace,
+    /// The first extent that is read.
+    from: u64,
     /// `None` once it was read.
     way: Option<Way>,
 }
@@ -75,7 +77,7 @@ impl Live {
                 data: map::everything(from.size.get()),
             };
             let way = Some(Way::Exports { snapshot, live, scratch });
-            return Ok(Self { facts, settings, pace, way });
+            return Ok(Self { facts, settings, pace, from: 0, way });
         }
         let mut source = hold::beside(host, allowed, &from.volume, from.process)?;
         if source.facts.size != from.size {
@@ -88,13 +90,21 @@ impl Live {
         let facts = source.facts.clone();
         let snapshot = SnapshotExport::new(snapshot);
         let way = Some(Way::Beside { source, scratch, snapshot });
-        Ok(Self { facts, settings, pace, way })
+        Ok(Self { facts, settings, pace, from: 0, way })
     }
 }
 
 impl HeldVolume for Live {
     fn facts(&self) -> &VolumeFacts {
         &self.facts
+    }
+
+    fn mark(&self) -> Option<VolumeMark> {
+        None
+    }
+
+    fn begin_at(&mut self, extent: u64) {
+        self.from = extent;
     }
 
     fn read(
@@ -106,7 +116,7 @@ impl HeldVolume for Live {
             Some(Way::Beside { source, scratch, snapshot }) => {
                 let mut past = Reconciler::new(scratch, snapshot);
                 let guest: (&mut dyn Past, &Pace) = (&mut past, &self.pace);
-                reader::read(&source, self.settings, Some(guest), pieces, stop)?;
+                reader::read(&source, self.settings, self.from, Some(guest), pieces, stop)?;
                 let size = source.size_now()?;
                 if size != source.facts.size {
                     return Err(resized(&source.facts, size, source.facts.size));
@@ -118,7 +128,7 @@ impl HeldVolume for Live {
             Some(Way::Exports { mut snapshot, mut live, mut scratch }) => {
                 let guide = Guide::Live { live: &mut live, scratch: &mut scratch };
                 let (size, depth) = (self.facts.size, self.settings.depth);
-                read_all(&mut snapshot, guide, size, depth, &self.pace, pieces, stop)
+                read_all(&mut snapshot, guide, size, self.from, depth, &self.pace, pieces, stop)
             }
             None => Err(Error::new(
                 Reason::Internal,

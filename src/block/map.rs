@@ -133,6 +133,12 @@ impl<'a> Plan<'a> {
     pub(super) fn new(size: u64, data: &'a [Range<u64>]) -> Self {
         Self { next: 0, count: size.div_ceil(EXTENT_SIZE), data: data.iter().peekable() }
     }
+
+    /// The same from this extent on.
+    pub(super) fn from(mut self, extent: u64) -> Self {
+        self.next = extent.min(self.count);
+        self
+    }
 }
 
 impl Iterator for Plan<'_> {

@@ -45,7 +45,7 @@ use self::{hold::hold, holder::Host, live::Live, reader::Source};
 pub use self::{queue::Engine, reader::ReaderSettings};
 use crate::{
     error::{Error, Reason, Result},
-    model::live::LiveSource,
+    model::{live::LiveSource, upload::VolumeMark},
     port::{BoxFuture, HeldVolume, Pace, Piece, VolumeFacts, Volumes},
     sys::ring::{Mode, ReadRing},
 };
@@ -161,6 +161,8 @@ struct Held {
     _backing: Option<File>,
     /// What was written before.
     writes: Writes,
+    /// The first extent that is read.
+    from: u64,
 }
 
 impl fmt::Debug for Held {
@@ -174,8 +176,16 @@ impl HeldVolume for Held {
         &self.source.facts
     }
 
+    fn mark(&self) -> Option<VolumeMark> {
+        self.writes.mark()
+    }
+
+    fn begin_at(&mut self, extent: u64) {
+        self.from = extent;
+    }
+
     fn read(&mut self, pieces: &SyncSender<Piece>, stop: &CancellationToken) -> Result<()> {
-        reader::read(&self.source, self.settings, None, pieces, stop)?;
+        reader::read(&self.source, self.settings, self.from, None, pieces, stop)?;
         self.writes.none_since(&self.source.file, &self.source.facts.path)
     }
 }

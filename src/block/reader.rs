@@ -101,13 +101,14 @@ pub(super) trait Past {
     fn correct(&mut self, offset: u64, bytes: &mut [u8]) -> Result<()>;
 }
 
-/// Reads `source` into `pieces`, as
+/// Reads `source`, extents from `from` on, into `pieces`, as
 /// [`HeldVolume::read`](crate::port::HeldVolume::read) promises. Of a volume
 /// that its `guest` writes to, every extent is corrected after it was read, and
 /// nothing is read faster than it bears.
 pub(super) fn read<'a>(
     source: &'a Source,
     settings: ReaderSettings,
+    from: u64,
     guest: Option<(&'a mut dyn Past, &'a Pace)>,
     pieces: &'a SyncSender<Piece>,
     stop: &'a CancellationToken,
@@ -125,7 +126,7 @@ pub(super) fn read<'a>(
     let reading = Reading {
         source,
         budget: Budget::new(pace.cloned().unwrap_or_default()),
-        plan: Plan::new(size, &facts.data).peekable(),
+        plan: Plan::new(size, &facts.data).from(from).peekable(),
         queue,
         past,
         free,

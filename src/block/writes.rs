@@ -14,12 +14,15 @@ use std::{
 use super::holder::Host;
 use crate::{
     error::{Context, Error, Reason, Result},
+    model::upload::VolumeMark,
     sys::stat::Identity,
 };
 
 /// What was ever written to a volume, as the kernel counts it.
 #[derive(Debug)]
 pub(super) struct Writes {
+    /// Which volume, where that can be told after a restart of imaged.
+    volume: Option<String>,
     counters: Counters,
     before: Vec<u64>,
 }
@@ -42,7 +45,17 @@ impl Writes {
             Identity::File { .. } => Counters::File,
         };
         let before = counters.read(file)?;
-        Ok(Self { counters, before })
+        let volume = match volume {
+            Identity::File { .. } => told_file(file).ok(),
+            Identity::BlockDevice(number) => told_device(&host.device_dir(number)).ok(),
+        };
+        Ok(Self { volume, counters, before })
+    }
+
+    /// What tells a later process whether anything was written since.
+    pub(super) fn mark(&self) -> Option<VolumeMark> {
+        let volume = self.volume.clone()?;
+        Some(VolumeMark { volume, writes: self.before.clone() })
     }
 
     /// Fails when something was written since.
@@ -70,6 +83,22 @@ impl Counters {
             }
         }
     }
+}
+
+/// A file, also over a reboot.
+fn told_file(file: &File) -> io::Result<String> {
+    let facts = file.metadata()?;
+    Ok(format!("file {} {}", facts.dev(), facts.ino()))
+}
+
+/// A device until it goes: no other has its sequence number in this boot
+/// (`diskseq`, since Linux 5.15; a partition has its disk's).
+fn told_device(dir: &Path) -> io::Result<String> {
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let number = fs::read_to_string(dir.join("dev"))?;
+    let sequence = fs::read_to_string(dir.join("diskseq"))
+        .or_else(|_| fs::read_to_string(dir.join("../diskseq")))?;
+    Ok(format!("device {} {} {}", number.trim(), sequence.trim(), boot.trim()))
 }
 
 /// Requests and sectors that were written and discarded: fields 5, 7, 12 and

@@ -5,14 +5,15 @@ use std::collections::BTreeMap;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    checkpoint::{Checkpoint, Resumed},
     extent::{CLUSTERS, Encoded, EncodedExtent},
     plan::PartPlan,
-    window::{FullPart, SpareMemory, Window},
+    window::{Cut, FullPart, SpareMemory, Window},
 };
 use crate::{
     format::qcow2::{
         self, CLUSTER_SIZE, cluster, content,
-        layout::{Emit, Layout, Placed},
+        layout::{self, Emit, Layout, Placed},
     },
     model::{
         ByteSize,
@@ -31,6 +32,8 @@ pub(super) struct Assembler<'a> {
     /// What came too early, by first extent. Bounded by the reader's buffers.
     early: BTreeMap<u64, Encoded>,
     digests: Vec<u8>,
+    /// How many bytes of them the last checkpoint had.
+    told: usize,
     /// Memory for compressed extents, to be used again.
     scratch: Vec<Vec<u8>>,
 }
@@ -43,7 +46,21 @@ pub(super) enum Step {
     /// One was appended.
     Appended,
     /// A part is full; the extent that filled it may wait for the next step.
-    Full(FullPart),
+    Full(Cut, Checkpoint),
+}
+
+/// How everything stands at the end of a part.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// First extent that is not appended yet.
+    pub(super) next: u64,
+    /// Number of the part that is open now.
+    pub(super) number: u32,
+    /// Of its first byte in the object.
+    pub(super) start: u64,
+    /// Its first bytes.
+    pub(super) carry: Vec<u8>,
+    pub(super) layout: layout::State,
 }
 
 /// What is left at the end.
@@ -68,6 +85,7 @@ impl<'a> Assembler<'a> {
             layout: Layout::new(virtual_size, compression),
             window: Window::new(PartPlan::for_volume(volume), spare, stop),
             next: 0,
+            told: 0,
             early: BTreeMap::new(),
             // At once, because growing would take twice as much for a moment.
             digests: Vec::with_capacity(
@@ -77,10 +95,42 @@ impl<'a> Assembler<'a> {
         }
     }
 
+    /// Goes on where another one was interrupted.
+    pub(super) fn resume(
+        volume: ByteSize,
+        compression: Compression,
+        spare: &SpareMemory,
+        stop: &'a CancellationToken,
+        from: Resumed,
+    ) -> Self {
+        let mut assembler = Self::new(volume, compression, spare, stop);
+        let Standing { next, number, start, carry, layout } = from.standing;
+        assembler.layout = Layout::resume(assembler.virtual_size, compression, layout);
+        assembler.window.resume(number, start, carry, &from.first);
+        assembler.digests.extend(from.digests);
+        assembler.told = assembler.digests.len();
+        assembler.next = next;
+        assembler
+    }
+
+    /// How everything stands after a part was cut.
+    fn checkpoint(&mut self) -> Checkpoint {
+        let (number, start, carry) = self.window.standing();
+        let (next, layout) = (self.next, self.layout.state());
+        let digests = self.digests[self.told..].to_vec();
+        self.told = self.digests.len();
+        Checkpoint { standing: Standing { next, number, start, carry, layout }, digests }
+    }
+
     /// Memory for the compressed clusters of an extent: its size, whatever
     /// it holds. Fresh zeroes take no memory until they are written to.
     pub(super) fn scratch(&mut self) -> Vec<u8> {
         self.scratch.pop().unwrap_or_else(|| vec![0; EXTENT_SIZE as usize])
+    }
+
+    /// See [`Window::copy_of_first`].
+    pub(super) fn copy_of_first(&self) -> Option<FullPart> {
+        self.window.copy_of_first()
     }
 
     /// Takes what became of the extents from `first` on.
@@ -92,8 +142,8 @@ impl<'a> Assembler<'a> {
     pub(super) fn step(&mut self) -> Step {
         if self.window.is_due(self.layout.tail()) {
             self.layout.settle(self.layout.tail(), &mut self.window);
-            if let Some(part) = self.window.cut(self.layout.settled()) {
-                return Step::Full(part);
+            if let Some(cut) = self.window.cut(self.layout.settled()) {
+                return Step::Full(cut, self.checkpoint());
             }
         }
         match self.early.remove(&self.next) {

@@ -16,6 +16,7 @@
 #![allow(clippy::cast_possible_truncation, reason = "usize has 64 bits: see lib.rs")]
 
 mod assembler;
+mod checkpoint;
 mod extent;
 pub mod plan;
 #[cfg(test)]
@@ -33,10 +34,13 @@ use sha2::{Digest, Sha256};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-pub use self::window::SpareMemory;
 use self::{
     assembler::{Assembler, Step},
-    window::FullPart,
+    window::{Cut, FullPart},
+};
+pub use self::{
+    checkpoint::{Checkpoint, Resumed},
+    window::SpareMemory,
 };
 use crate::{
     error::{Context, Error, Reason, Result},
@@ -63,6 +67,19 @@ pub struct Settings {
     pub threads: NonZeroUsize,
     /// Memory that this image shares with those that are encoded at once.
     pub spare: SpareMemory,
+    /// Whether the encoding may have to go on in another process.
+    pub resumable: bool,
+}
+
+/// What comes of encoding.
+#[derive(Debug)]
+pub enum Output {
+    /// A part that is to be stored, and how everything stands after it, where
+    /// that is of use. The first part comes last.
+    Part(Part, Option<Checkpoint>),
+    /// The first part without its header, which comes at the end: only to be
+    /// remembered, when the encoding is resumable.
+    First(Part, Checkpoint),
 }
 
 /// The digest of an object that is in memory.
@@ -103,21 +120,47 @@ pub struct Encoded {
 pub fn run(
     settings: &Settings,
     pieces: Receiver<Piece>,
-    parts: mpsc::Sender<Part>,
+    parts: mpsc::Sender<Output>,
     meter: &Meter,
     stop: &CancellationToken,
 ) -> Result<Encoded> {
+    run_from(settings, None, pieces, parts, meter, stop)
+}
+
+/// As [`run`], from where an earlier one was interrupted: the pieces begin at
+/// its [`Resumed::next_extent`], and the parts that it made do not come again,
+/// but for the first.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn run_from(
+    settings: &Settings,
+    from: Option<Resumed>,
+    pieces: Receiver<Piece>,
+    parts: mpsc::Sender<Output>,
+    meter: &Meter,
+    stop: &CancellationToken,
+) -> Result<Encoded> {
+    let (volume, compression, spare) =
+        (settings.volume_size, settings.compression, &settings.spare);
+    let mut digests = Vec::new();
+    let assembler = match from {
+        None => Assembler::new(volume, compression, spare, stop),
+        Some(mut from) => {
+            // The first part's is not known before it has its header.
+            digests.push(None);
+            digests.extend(std::mem::take(&mut from.parts).into_iter().map(Some));
+            Assembler::resume(volume, compression, spare, stop, from)
+        }
+    };
     let line = Line {
         volume_size: settings.volume_size.get(),
         compression: settings.compression,
         pieces: Mutex::new(pieces),
-        assembler: Mutex::new(Assembler::new(
-            settings.volume_size,
-            settings.compression,
-            &settings.spare,
-            stop,
-        )),
-        outlet: Outlet { digests: Mutex::new(Vec::new()), parts, stop },
+        assembler: Mutex::new(assembler),
+        outlet: Outlet { digests: Mutex::new(digests), parts, stop },
+        resumable: settings.resumable,
         meter,
     };
     let outcomes = in_parallel(settings.threads, "encode", || {
@@ -173,6 +216,7 @@ struct Line<'a> {
     pieces: Mutex<Receiver<Piece>>,
     assembler: Mutex<Assembler<'a>>,
     outlet: Outlet<'a>,
+    resumable: bool,
     meter: &'a Meter,
 }
 
@@ -180,7 +224,7 @@ struct Line<'a> {
 struct Outlet<'a> {
     /// SHA-256 and size of each part, by number less one.
     digests: Mutex<Vec<Option<StoredPart>>>,
-    parts: mpsc::Sender<Part>,
+    parts: mpsc::Sender<Output>,
     stop: &'a CancellationToken,
 }
 
@@ -219,10 +263,20 @@ impl Line<'_> {
             match assembler.step() {
                 Step::Waiting => return Ok(()),
                 Step::Appended => {}
-                Step::Full(part) => {
+                Step::Full(cut, checkpoint) => {
+                    let kept = match &cut {
+                        Cut::Kept if self.resumable => assembler.copy_of_first(),
+                        _ => None,
+                    };
                     // Hashing and a full store must not stop the others.
                     drop(assembler);
-                    self.outlet.send(part)?;
+                    match (cut, kept) {
+                        (Cut::Full(part), _) => {
+                            self.outlet.send(part, Some(checkpoint).filter(|_| self.resumable))?;
+                        }
+                        (Cut::Kept, Some(first)) => self.outlet.remember(first, checkpoint)?,
+                        (Cut::Kept, None) => {}
+                    }
                     assembler = lock(&self.assembler);
                 }
             }
@@ -235,7 +289,7 @@ impl Line<'_> {
         let assembler = self.assembler.into_inner().unwrap_or_else(PoisonError::into_inner);
         let finished = assembler.finish().ok_or_else(canceled)?;
         for part in finished.parts {
-            self.outlet.send(part)?;
+            self.outlet.send(part, None)?;
         }
         let parts = self.outlet.into_parts()?;
         let mut sha256 = Sha256::new();
@@ -253,12 +307,10 @@ impl Line<'_> {
 
 impl Outlet<'_> {
     /// Hashes a part and waits until someone takes it.
-    fn send(&self, part: FullPart) -> Result<()> {
+    fn send(&self, part: FullPart, after: Option<Checkpoint>) -> Result<()> {
         self.check()?;
-        let mut sha256 = Sha256::new();
-        pieces(&part).for_each(|piece| sha256.update(piece));
-        let sha256 = ObjectDigest(sha256.finalize().into());
-        let size = ByteSize(part.size);
+        let part = hashed(part);
+        let Part { size, sha256, .. } = part;
         let index = part.number as usize - 1;
         {
             let mut digests = lock(&self.digests);
@@ -267,9 +319,17 @@ impl Outlet<'_> {
             }
             digests[index] = Some(StoredPart { size, sha256 });
         }
-        let (number, offset) = (part.number, part.offset);
-        let part = Part { number, offset, size, body: Box::new(part), sha256 };
-        self.parts.blocking_send(part).map_err(|_| canceled())
+        self.hand_over(Output::Part(part, after))
+    }
+
+    /// Has the first part remembered as it is now.
+    fn remember(&self, first: FullPart, after: Checkpoint) -> Result<()> {
+        self.hand_over(Output::First(hashed(first), after))
+    }
+
+    /// Waits until someone takes it.
+    fn hand_over(&self, output: Output) -> Result<()> {
+        self.parts.blocking_send(output).map_err(|_| canceled())
     }
 
     fn check(&self) -> Result<()> {
@@ -281,6 +341,14 @@ impl Outlet<'_> {
         let parts: Option<Vec<_>> = digests.into_iter().collect();
         parts.ok_or_else(|| defect("a part is missing"))
     }
+}
+
+fn hashed(part: FullPart) -> Part {
+    let mut sha256 = Sha256::new();
+    pieces(&part).for_each(|piece| sha256.update(piece));
+    let sha256 = ObjectDigest(sha256.finalize().into());
+    let (number, offset, size) = (part.number, part.offset, ByteSize(part.size));
+    Part { number, offset, size, body: Box::new(part), sha256 }
 }
 
 fn canceled() -> Error {

@@ -69,6 +69,7 @@ fn settings(volume: &[u8], compression: Compression, threads: usize) -> Settings
         compression,
         threads: NonZeroUsize::new(threads).unwrap(),
         spare: SpareMemory::default(),
+        resumable: true,
     }
 }
 
@@ -97,7 +98,8 @@ fn encode(volume: &[u8], compression: Compression, threads: usize) -> (Object, E
         let encoding = scope.spawn(|| run(&settings, pieces, parts_in, &meter, &stop));
         let mut object = Vec::new();
         let mut last = 0;
-        while let Some(part) = parts.blocking_recv() {
+        while let Some(output) = parts.blocking_recv() {
+            let Output::Part(part, _) = output else { continue };
             let mut start = part.offset as usize;
             let end = start + part.size.get() as usize;
             object.resize(object.len().max(end), 0);
@@ -196,6 +198,93 @@ fn qemu_reads_an_image_of_many_parts() {
     }
 }
 
+struct Remembered {
+    bytes: Vec<u8>,
+    stored: StoredPart,
+    standing: Vec<u8>,
+    digests: Vec<u8>,
+}
+
+/// What another process would find: each part with the checkpoint after it.
+fn remembered(volume: &[u8], compression: Compression) -> Vec<Remembered> {
+    let (pieces_in, pieces) = sync_channel(4);
+    let (parts_in, mut parts) = mpsc::channel(1);
+    let settings = settings(volume, compression, 2);
+    thread::scope(|scope| {
+        scope.spawn(move || send(volume, 0, &pieces_in));
+        let (meter, stop) = (Meter::default(), CancellationToken::new());
+        let encoding = scope.spawn(move || run(&settings, pieces, parts_in, &meter, &stop));
+        let mut all = Vec::new();
+        while let Some(output) = parts.blocking_recv() {
+            let (part, after) = match output {
+                Output::First(part, after) | Output::Part(part, Some(after)) => (part, after),
+                Output::Part(_, None) => continue,
+            };
+            let bytes = part.pieces().collect::<Vec<_>>().concat();
+            let stored = StoredPart { size: part.size, sha256: part.sha256 };
+            let (standing, digests) = (after.standing().unwrap(), after.digests().unwrap());
+            all.push((part.number, Remembered { bytes, stored, standing, digests }));
+        }
+        encoding.join().unwrap().unwrap();
+        all.sort_by_key(|(number, _)| *number);
+        all.into_iter().map(|(_, part)| part).collect()
+    })
+}
+
+fn send(volume: &[u8], from: u64, pieces: &std::sync::mpsc::SyncSender<Piece>) {
+    for (bytes, index) in volume.chunks(EXTENT_SIZE as usize).zip(0..).skip(from as usize) {
+        pieces.send(Piece::Data(Extent { index, bytes: Box::new(bytes.to_vec()) })).unwrap();
+    }
+}
+
+#[test]
+fn encoding_goes_on_after_any_part_and_makes_the_same_object() {
+    let mut fills: Vec<Fill> = (0..720).map(Fill::Noise).collect();
+    fills.iter_mut().step_by(3).for_each(|fill| *fill = Fill::Text(3));
+    let volume = volume(&fills, 1);
+    let (whole, encoded) = encode(&volume, Compression::Zstd, 2);
+    let parts = remembered(&volume, Compression::Zstd);
+    assert!(parts.len() >= 3, "{} parts", parts.len());
+    for last in 1..=parts.len() {
+        let known = &parts[..last];
+        let digests = known.iter().map(|part| &*part.digests);
+        let stored = known[1..].iter().map(|part| part.stored.clone()).collect();
+        let standing = &known[last - 1].standing;
+        let from = Resumed::new(standing, digests, known[0].bytes.clone(), stored).unwrap();
+        let (next, settings) = (from.next_extent(), settings(&volume, Compression::Zstd, 2));
+        let (pieces_in, pieces) = sync_channel(4);
+        let (parts_in, mut outputs) = mpsc::channel(1);
+        thread::scope(|scope| {
+            let volume = &volume;
+            scope.spawn(move || send(volume, next, &pieces_in));
+            let (meter, stop) = (Meter::default(), CancellationToken::new());
+            let encoding = scope
+                .spawn(move || run_from(&settings, Some(from), pieces, parts_in, &meter, &stop));
+            while let Some(output) = outputs.blocking_recv() {
+                let Output::Part(part, _) = output else { panic!("the first part was known") };
+                assert!(part.number == 1 || part.number as usize > last);
+                let (start, bytes) = (part.offset as usize, part.pieces().collect::<Vec<_>>());
+                assert_eq!(whole.0[start..][..part.size.get() as usize], bytes.concat());
+            }
+            let again = encoding.join().unwrap().unwrap();
+            assert_eq!(again.object_digest, encoded.object_digest);
+            assert_eq!(again.extent_digests, encoded.extent_digests);
+            assert_eq!(again.parts, encoded.parts);
+        });
+    }
+}
+
+#[test]
+fn damaged_checkpoints_are_refused() {
+    let noise = cluster(Fill::Noise(1)).repeat(16 * 12);
+    let standing = remembered(&noise, Compression::Zstd).remove(0).standing;
+    let refused = |bytes: &[u8]| Resumed::new(bytes, [], Vec::new(), Vec::new()).unwrap_err();
+    for cut in [0, 1, standing.len() / 2, standing.len() - 1] {
+        assert_eq!(refused(&standing[..cut]).reason(), Reason::JournalFailed);
+    }
+    refused(&zstd::bulk::compress(&9_u64.to_le_bytes(), 1).unwrap());
+}
+
 /// `qemu-img check` and `qemu-img compare` on what was written.
 fn judge(volume: &[u8], compression: Compression) {
     let object = check(volume, compression, 2);
@@ -234,6 +323,7 @@ fn who_takes_no_parts_ends_the_encoding() {
         compression: Compression::None,
         threads: NonZeroUsize::MIN,
         spare: SpareMemory::default(),
+        resumable: true,
     };
     let error =
         run(&settings, pieces, parts_in, &Meter::default(), &CancellationToken::new()).unwrap_err();

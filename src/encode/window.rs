@@ -77,6 +77,15 @@ pub(super) struct Window<'a> {
     pool: Pool<'a>,
 }
 
+/// The end of a part.
+#[derive(Debug)]
+pub(super) enum Cut {
+    /// It can leave.
+    Full(FullPart),
+    /// It is the first, and waits for the header.
+    Kept,
+}
+
 /// A part on its way out.
 #[derive(Debug)]
 pub(super) struct FullPart {
@@ -116,9 +125,9 @@ impl<'a> Window<'a> {
         tail.saturating_sub(self.start) >= self.plan.size(self.number)
     }
 
-    /// Ends the open part below `settled`, where nothing changes any more. It
-    /// is kept when it is the first; `None` when it would be too small, too.
-    pub(super) fn cut(&mut self, settled: u64) -> Option<FullPart> {
+    /// Ends the open part below `settled`, where nothing changes any more;
+    /// `None` when it would be too small.
+    pub(super) fn cut(&mut self, settled: u64) -> Option<Cut> {
         let end = settled - settled % ALIGNMENT as u64;
         if !self.is_due(end) {
             return None;
@@ -131,13 +140,37 @@ impl<'a> Window<'a> {
         }
         let part = self.close(end - self.start);
         self.carry = carry;
-        match part.number {
+        Some(match part.number {
             1 => {
                 self.first = Some(part);
-                None
+                Cut::Kept
             }
-            _ => Some(part),
-        }
+            _ => Cut::Full(part),
+        })
+    }
+
+    /// A copy of the first part as it is, without the header.
+    pub(super) fn copy_of_first(&self) -> Option<FullPart> {
+        let first = self.first.as_ref()?;
+        let copied = |segment: &Segment| {
+            let mut memory = AlignedBuf::zeroed(SEGMENT);
+            memory.copy_from_slice(segment.memory());
+            Segment { memory: Some(memory), home: None }
+        };
+        let segments = first.segments.iter().map(copied).collect();
+        Some(FullPart { number: 1, offset: 0, size: first.size, segments })
+    }
+
+    /// Number and offset of the open part, and its first bytes, after a cut.
+    pub(super) fn standing(&self) -> (u32, u64, Vec<u8>) {
+        (self.number, self.start, self.carry.clone())
+    }
+
+    /// Goes on after a cut, with the first part's bytes.
+    pub(super) fn resume(&mut self, number: u32, start: u64, carry: Vec<u8>, first: &[u8]) {
+        self.emit(0, first);
+        self.first = Some(self.close(first.len() as u64));
+        (self.number, self.start, self.carry) = (number, start, carry);
     }
 
     /// Takes all that is left of an object of `size` bytes, the first part

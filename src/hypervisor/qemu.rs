@@ -19,8 +19,9 @@ use crate::{
     model::{
         instance::{Instance, PowerState},
         live::Undo,
+        upload::ResumeSource,
     },
-    port::{BoxFuture, Hypervisor, Prepared, SnapshotOrder},
+    port::{BoxFuture, Hypervisor, LiveSnapshot, Prepared, SnapshotOrder},
     recorder::Recorder,
 };
 
@@ -66,6 +67,15 @@ impl Hypervisor for QemuHost {
             let ready = live::prepare(instance, order, &self.scratch_dir, tag, recorder).await?;
             Ok(Box::new(ready) as Box<dyn Prepared>)
         })
+    }
+
+    fn regain<'a>(
+        &'a self,
+        undo: &'a Undo,
+        source: &'a ResumeSource,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<Box<dyn LiveSnapshot>>> {
+        Box::pin(live::regain(undo, source, recorder))
     }
 
     fn undo<'a>(&'a self, undo: &'a Undo, recorder: Arc<Recorder>) -> BoxFuture<'a, Result<()>> {

@@ -93,7 +93,8 @@ pub struct Rehearsal {
 }
 
 /// Where a snapshot is read.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct LiveSource {
     /// The volume's exact size.
     pub size: ByteSize,

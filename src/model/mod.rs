@@ -11,6 +11,7 @@ pub mod live;
 pub mod time;
 pub mod trace;
 pub mod units;
+pub mod upload;
 pub mod work_request;
 
 pub use ids::{CompartmentId, ImageId, InstanceId, WorkRequestId};

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     CompartmentId, Timestamp, WorkRequestId,
     live::{Rehearsal, Undo},
+    upload::Resume,
 };
 
 /// A work request, as the journal keeps it and the API shows it.
@@ -47,6 +48,9 @@ pub struct WorkRequest {
     /// What a rehearsal found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rehearsal: Option<Rehearsal>,
+    /// How a later daemon goes on with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume: Option<Box<Resume>>,
 }
 
 impl WorkRequest {
@@ -78,6 +82,7 @@ impl WorkRequest {
             retry,
             undo: None,
             rehearsal: None,
+            resume: None,
         }
     }
 
@@ -87,6 +92,7 @@ impl WorkRequest {
         self.phase = Phase::Done;
         self.time_finished = Some(now);
         self.errors.extend(error);
+        self.resume = None;
         self.progress.per_second = 0;
         for resource in &mut self.resources {
             if resource.action == Action::InProgress {

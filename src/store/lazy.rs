@@ -28,6 +28,7 @@ use crate::{
         ByteSize, ImageId,
         host::Space,
         image::{Manifest, Record},
+        upload::{KeptPart, UploadToken},
     },
     port::{BoxFuture, Delete, ObjectReader, ObjectStore, Upload},
 };
@@ -61,6 +62,8 @@ pub struct LazyStore {
     location: String,
     open: Open,
     state: Arc<Mutex<State>>,
+    /// Images whose uploads a sweep must leave.
+    keep: Arc<Mutex<Vec<ImageId>>>,
     patience: Duration,
 }
 
@@ -94,7 +97,8 @@ impl LazyStore {
     #[must_use]
     pub fn new(name: String, kind: &'static str, location: String, open: Open) -> Self {
         let state = Arc::new(Mutex::new(State::Closed));
-        Self { name, kind, location, open, state, patience: PATIENCE }
+        let keep = Arc::default();
+        Self { name, kind, location, open, state, keep, patience: PATIENCE }
     }
 
     /// The store itself.
@@ -132,12 +136,13 @@ impl LazyStore {
     /// state locked: it ends `Opening` under that lock.
     fn attempt(&self) -> Attempt {
         let (opening, state) = ((self.open)(), Arc::clone(&self.state));
-        let name = self.name.clone();
+        let (name, keep) = (self.name.clone(), Arc::clone(&self.keep));
         let task = tokio::spawn(async move {
             let outcome = async {
                 let store = opening.await?;
                 // Before any upload can begin.
-                let swept = store.sweep().await?;
+                let keep = lock(&keep).clone();
+                let swept = store.sweep(&keep).await?;
                 Ok((store, swept))
             };
             let outcome = outcome.await.map_err(Arc::new);
@@ -183,7 +188,7 @@ impl fmt::Debug for LazyStore {
     }
 }
 
-fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+fn lock<T>(state: &Mutex<T>) -> MutexGuard<'_, T> {
     state.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -224,11 +229,22 @@ impl ObjectStore for LazyStore {
         Box::pin(async { self.store().await?.begin(id).await })
     }
 
-    fn sweep(&self) -> BoxFuture<'_, Result<usize>> {
+    fn resume<'a>(
+        &'a self,
+        id: &'a ImageId,
+        token: &'a UploadToken,
+        parts: Vec<KeptPart>,
+    ) -> BoxFuture<'a, Result<Box<dyn Upload>>> {
+        Box::pin(async { self.store().await?.resume(id, token, parts).await })
+    }
+
+    fn sweep<'a>(&'a self, keep: &'a [ImageId]) -> BoxFuture<'a, Result<usize>> {
+        // Also for the opening, whenever that succeeds.
+        *lock(&self.keep) = keep.to_vec();
         Box::pin(async {
             match self.opened().await? {
                 (_, Some(swept)) => Ok(swept),
-                (store, None) => store.sweep().await,
+                (store, None) => store.sweep(keep).await,
             }
         })
     }
@@ -284,7 +300,7 @@ mod tests {
         let errors = [
             store.space().await.unwrap_err(),
             store.begin(&id()).await.unwrap_err(),
-            store.sweep().await.unwrap_err(),
+            store.sweep(&[]).await.unwrap_err(),
             store.list().await.unwrap_err(),
             store.get(&id()).await.unwrap_err(),
             store.open(&id()).await.unwrap_err(),
@@ -324,12 +340,12 @@ mod tests {
         assert_eq!(left(), 1, "nothing is opened before it is used");
         assert!(store.list().await.unwrap().is_empty());
         assert_eq!(left(), 0);
-        assert_eq!(store.sweep().await.unwrap(), 0);
+        assert_eq!(store.sweep(&[]).await.unwrap(), 0);
 
         leave_a_dead_upload().await;
-        assert_eq!(at(&path).sweep().await.unwrap(), 1);
+        assert_eq!(at(&path).sweep(&[]).await.unwrap(), 1);
         leave_a_dead_upload().await;
-        assert_eq!(store.sweep().await.unwrap(), 1, "an open store is swept again");
+        assert_eq!(store.sweep(&[]).await.unwrap(), 1, "an open store is swept again");
     }
 
     /// A store whose opening waits for `gate` and fails.

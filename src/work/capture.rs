@@ -30,18 +30,26 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Work, driver::check, live::Live, preflight::Found, tracker::Tracker, watchdog::Watchdog,
+    Work,
+    driver::check,
+    live::Live,
+    preflight::Found,
+    resume::Interrupted,
+    tracker::{Keeper, Tracker},
+    watchdog::Watchdog,
 };
 use crate::{
-    encode::{self, Encoded, Meter},
+    encode::{self, Encoded, Meter, Output, Resumed},
     error::{Context, Error, Reason, Result},
     model::{
-        image::{Format, Image, Manifest, ManifestSchema, Stored},
+        ByteSize,
+        image::{EXTENT_SIZE, Format, Image, Manifest, ManifestSchema, Stored},
         instance::Instance,
         live::Mode,
+        upload::{Resume, ResumeSource},
         work_request::{Phase, Progress},
     },
-    port::{HeldVolume, Part, Sealed, Upload},
+    port::{HeldVolume, Sealed, Upload},
 };
 
 /// Pieces between the reader and the encoder. The reader's buffers are the
@@ -62,6 +70,15 @@ pub(super) struct Capture {
     pub instance: Option<Instance>,
     /// How its point in time is taken while it runs.
     pub mode: Mode,
+    /// What an earlier process left of it.
+    pub interrupted: Option<Interrupted>,
+}
+
+/// What is read, and how far an earlier process came with it.
+struct Begun {
+    volume: Box<dyn HeldVolume>,
+    live: Option<Live>,
+    from: Option<Resumed>,
 }
 
 impl Capture {
@@ -78,31 +95,108 @@ impl Capture {
         stop: &CancellationToken,
         place: Arc<OwnedSemaphorePermit>,
     ) -> Result<()> {
-        tracker.phase(Phase::Preflight).await?;
-        let origin = &self.image.origin;
-        let found = work
-            .preflight(self.instance.as_ref(), &origin.source_volume, self.mode, tracker.recorder())
-            .await?;
-        check(stop)?;
-
-        let store = work.0.catalogue.store(&self.image.origin.store)?;
-        let upload = watchdog.guard(|| self.store(), store.begin(&self.image.id)).await?;
-        let line = Line { upload: &*upload, watchdog, stop, place };
-        if let Err(error) = self.transfer(work, found, line, tracker).await {
-            let left = match timeout(watchdog.undoing(), upload.abort()).await {
-                Ok(aborted) => aborted,
-                Err(late) => {
-                    let context = format!("{} did not abort the upload", self.store());
-                    Err(Error::new(Reason::Stalled, context).because(late))
-                }
-            };
-            if let Err(left) = left {
-                tracker.log(format!("the next start will remove what is left: {left}"));
-                tracing::error!(image = %self.image.id, "{left:?}");
+        let store = Arc::clone(work.0.catalogue.store(&self.image.origin.store)?);
+        let interrupted = self.interrupted.take();
+        let (upload, found) = match &interrupted {
+            None => {
+                tracker.phase(Phase::Preflight).await?;
+                let volume = &self.image.origin.source_volume;
+                let instance = self.instance.as_ref();
+                let found = work.preflight(instance, volume, self.mode, tracker.recorder()).await?;
+                check(stop)?;
+                let upload = watchdog.guard(|| self.store(), store.begin(&self.image.id)).await?;
+                (upload, Some(found))
             }
+            Some(interrupted) => {
+                tracker.log("imaged was started again and goes on".into());
+                let patience = work.0.settings.progress_timeout;
+                let upload = interrupted.upload(&*store, patience, tracker, stop).await?;
+                // The last that a dead process did may have been the seal.
+                if store.get(&self.image.id).await?.is_some() {
+                    return Ok(());
+                }
+                (upload, None)
+            }
+        };
+        let line = Line { upload: &*upload, watchdog, stop, place };
+        let done = async {
+            let begun = match (found, interrupted) {
+                (Some(found), _) => self.begin(work, found, &*upload, tracker).await?,
+                (None, Some(interrupted)) => Self::go_on(work, interrupted, tracker).await?,
+                (None, None) => return Err(Error::new(Reason::Internal, "nothing to be read")),
+            };
+            self.transfer(work, begun, line, tracker).await
+        };
+        let Err(error) = done.await else { return Ok(()) };
+        if error.reason() == Reason::Canceled && tracker.is_left_to_a_later_process() {
             return Err(error);
         }
-        Ok(())
+        let left = match timeout(watchdog.undoing(), upload.abort()).await {
+            Ok(aborted) => aborted,
+            Err(late) => {
+                let context = format!("{} did not abort the upload", self.store());
+                Err(Error::new(Reason::Stalled, context).because(late))
+            }
+        };
+        if let Err(left) = left {
+            tracker.log(format!("the next start will remove what is left: {left}"));
+            tracing::error!(image = %self.image.id, "{left:?}");
+        }
+        Err(error)
+    }
+
+    /// Takes the point in time, and has remembered how to go on after a
+    /// restart, where that is possible. The store has answered by now: a
+    /// guest's disk does not wait for it.
+    async fn begin(
+        &mut self,
+        work: &Work,
+        found: Found,
+        upload: &dyn Upload,
+        tracker: &mut Tracker,
+    ) -> Result<Begun> {
+        let (volume, live) = match found {
+            Found::AtRest(volume) => (volume, None),
+            Found::Running(prepared) => {
+                let live = Live::take(prepared, tracker).await?;
+                self.image.origin.consistency = live.snapshot.point().consistency;
+                (live.open(work).await?, Some(live))
+            }
+        };
+        let source = match &live {
+            None => volume.mark().map(ResumeSource::AtRest),
+            Some(live) => Some(ResumeSource::Live {
+                point: *live.snapshot.point(),
+                source: live.snapshot.source().clone(),
+                scratch: work.0.settings.scratch_size,
+            }),
+        };
+        if let (Some(token), Some(source)) = (upload.token(), source) {
+            let resume = Resume {
+                image_id: self.image.id.clone(),
+                record: self.image.record.clone(),
+                origin: self.image.origin.clone(),
+                instance: self.instance.as_ref().map(|instance| instance.name.clone()),
+                token,
+                source,
+                time_line: tracker.time_line(),
+            };
+            tracker.resumable(Some(Box::new(resume))).await?;
+        }
+        Ok(Begun { volume, live, from: None })
+    }
+
+    /// Finds what an earlier process was reading, and where it stood.
+    async fn go_on(
+        work: &Work,
+        mut interrupted: Interrupted,
+        tracker: &mut Tracker,
+    ) -> Result<Begun> {
+        let (volume, live) = interrupted.source(work, tracker).await?;
+        let from = interrupted.encoder()?;
+        let known = from.as_ref().map_or(0, Resumed::next_extent) * EXTENT_SIZE;
+        tracker.log(format!("{} of the volume are in the store already", ByteSize(known)));
+        Ok(Begun { volume, live, from })
     }
 
     fn store(&self) -> String {
@@ -125,23 +219,15 @@ impl Capture {
         }
     }
 
-    /// From the point in time to the seal. The store has answered by now: a
-    /// guest's disk does not wait for it.
+    /// From the point in time to the seal.
     async fn transfer(
         &mut self,
         work: &Work,
-        found: Found,
+        begun: Begun,
         line: Line<'_>,
         tracker: &mut Tracker,
     ) -> Result<()> {
-        let (volume, live) = match found {
-            Found::AtRest(volume) => (volume, None),
-            Found::Running(prepared) => {
-                let live = Live::take(prepared, tracker).await?;
-                self.image.origin.consistency = live.snapshot.point().consistency;
-                (live.open(work).await?, Some(live))
-            }
-        };
+        let Begun { volume, live, from } = begun;
         self.tell_oddities(work, &*volume, tracker);
         check(line.stop)?;
         tracker.phase(Phase::Read).await?;
@@ -152,6 +238,7 @@ impl Capture {
             compression: self.image.origin.compression,
             threads: work.0.settings.encode_threads,
             spare: work.0.spare.clone(),
+            resumable: tracker.is_left_to_a_later_process(),
         };
         let putting = AtomicUsize::new(0);
         let who = || match putting.load(Ordering::Relaxed) {
@@ -159,7 +246,7 @@ impl Capture {
             _ => self.store(),
         };
         let teller = tracker.teller();
-        let pumped = pump(volume, settings, line, &putting, tracker);
+        let pumped = pump(volume, from, settings, line, &putting, tracker);
         let encoded = match &live {
             None => watchdog.guard(who, pumped).await?,
             Some(live) => tokio::select! {
@@ -183,7 +270,7 @@ impl Capture {
         // From here on a cancellation comes too late: the image may be seen.
         tracker.phase(Phase::Seal).await?;
         let trace = match point_in_time {
-            Some(_) => Some(serde_json::to_vec(&tracker.recorder().trace()).context(
+            Some(_) => Some(serde_json::to_vec(&tracker.trace()).context(
                 Reason::Internal,
                 || "what was said to the instance cannot be written as JSON",
             )?),
@@ -230,6 +317,7 @@ struct Line<'a> {
 /// has and has not answered for.
 async fn pump(
     volume: Box<dyn HeldVolume>,
+    from: Option<Resumed>,
     settings: encode::Settings,
     line: Line<'_>,
     putting: &AtomicUsize,
@@ -239,16 +327,21 @@ async fn pump(
     let stop = line.stop.child_token();
     let _ends_with_us = stop.clone().drop_guard();
     let meter = Arc::new(Meter::default());
-    let (reading, encoding, parts) =
-        start(volume, settings, Arc::clone(&meter), &stop, &line.place)?;
+    // What an earlier process did counts as done.
+    let known = from.as_ref().map_or(0, Resumed::next_extent) * EXTENT_SIZE;
+    meter.add_read(known.min(total));
+    let mut stored = from.as_ref().map_or(0, Resumed::stored);
+    let (reading, encoding, outputs) =
+        start(volume, from, settings, Arc::clone(&meter), &stop, &line.place)?;
 
-    let mut stored = 0;
+    let keeper = tracker.keeper();
     let mut show = |stored| {
         let progress =
             Progress { total, read: meter.read(), skipped: meter.skipped(), stored, per_second: 0 };
         tracker.progress(progress);
     };
-    let put = put_all(parts, line.upload, putting, |bytes| {
+    let putter = Putter { upload: line.upload, keeper: &keeper, putting, stop: &stop };
+    let put = putter.put_all(outputs, |bytes| {
         stored += bytes;
         show(stored);
     });
@@ -259,11 +352,16 @@ async fn pump(
     let (read, encoded) = (joined(reading).await, joined(encoding).await);
     show(stored);
     // Who failed first knows why; the others only know that they were stopped.
-    put?;
-    match (read, encoded) {
-        (Err(read), Err(encoded)) if read.reason() == Reason::Canceled => Err(encoded),
-        (Err(read), _) => Err(read),
-        (Ok(()), encoded) => encoded,
+    let stopped = |error: &Error| error.reason() == Reason::Canceled;
+    match (put, read, encoded) {
+        (Ok(()), Ok(()), encoded) => encoded,
+        (put, read, encoded) => {
+            let errors = [put.err(), read.err(), encoded.err()];
+            let (why, others): (Vec<_>, Vec<_>) =
+                errors.into_iter().flatten().partition(|error| !stopped(error));
+            let first = why.into_iter().chain(others).next();
+            Err(first.unwrap_or_else(|| Error::new(Reason::Internal, "nothing failed")))
+        }
     }
 }
 
@@ -272,11 +370,13 @@ type Running<T> = oneshot::Receiver<Result<T>>;
 /// Starts the reader and the encoder on threads of their own.
 fn start(
     mut volume: Box<dyn HeldVolume>,
+    from: Option<Resumed>,
     settings: encode::Settings,
     meter: Arc<Meter>,
     stop: &CancellationToken,
     place: &Arc<OwnedSemaphorePermit>,
-) -> Result<(Running<()>, Running<Encoded>, mpsc::Receiver<Part>)> {
+) -> Result<(Running<()>, Running<Encoded>, mpsc::Receiver<Output>)> {
+    volume.begin_at(from.as_ref().map_or(0, Resumed::next_extent));
     let (pieces_in, pieces) = sync_channel(PIECES);
     let (parts_in, parts) = mpsc::channel(1);
     let (token, held) = (stop.clone(), Arc::clone(place));
@@ -292,7 +392,7 @@ fn start(
     let (token, held) = (stop.clone(), Arc::clone(place));
     let encoding = spawn("encode-0", move || {
         let _held = held;
-        let outcome = encode::run(&settings, pieces, parts_in, &meter, &token);
+        let outcome = encode::run_from(&settings, from, pieces, parts_in, &meter, &token);
         if outcome.is_err() {
             token.cancel();
         }
@@ -326,32 +426,59 @@ async fn joined<T>(running: Running<T>) -> Result<T> {
     running.await.unwrap_or_else(|_| Err(Error::new(Reason::Internal, "a thread panicked")))
 }
 
-/// Stores every part that comes, `PUTS` at once; `tick` is told what was
-/// stored, and is called now and then when nothing was. On an error no more
-/// parts are taken, which stops the encoder.
-async fn put_all(
-    mut parts: mpsc::Receiver<Part>,
-    upload: &dyn Upload,
-    putting: &AtomicUsize,
-    mut tick: impl FnMut(u64),
-) -> Result<()> {
-    let mut puts = FuturesUnordered::new();
-    let mut more = true;
-    let mut ticks = tokio::time::interval(TICK);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    while more || !puts.is_empty() {
-        putting.store(puts.len(), Ordering::Relaxed);
-        tokio::select! {
-            part = parts.recv(), if more && puts.len() < PUTS => match part {
-                Some(part) => {
-                    let bytes = part.size.get();
-                    puts.push(async move { upload.put(Arc::new(part)).await.map(|()| bytes) });
+/// Stores what comes of encoding.
+struct Putter<'a> {
+    upload: &'a dyn Upload,
+    keeper: &'a Keeper,
+    /// How many parts the store has and has not answered for.
+    putting: &'a AtomicUsize,
+    stop: &'a CancellationToken,
+}
+
+impl Putter<'_> {
+    /// Stores every part that comes, `PUTS` at once; `tick` is told what was
+    /// stored, and is called now and then when nothing was. On an error no
+    /// more parts are taken, which stops the encoder.
+    async fn put_all(
+        &self,
+        mut outputs: mpsc::Receiver<Output>,
+        mut tick: impl FnMut(u64),
+    ) -> Result<()> {
+        let mut puts = FuturesUnordered::new();
+        let mut more = true;
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while more || !puts.is_empty() {
+            self.putting.store(puts.len(), Ordering::Relaxed);
+            tokio::select! {
+                output = outputs.recv(), if more && puts.len() < PUTS => match output {
+                    Some(output) => puts.push(self.put(output)),
+                    None => more = false,
+                },
+                Some(put) = puts.next() => tick(put?),
+                _ = ticks.tick() => tick(0),
+                // A store that is away would be waited for.
+                () = self.stop.cancelled() => return check(self.stop),
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores a part and has it remembered; answers how many bytes it had.
+    async fn put(&self, output: Output) -> Result<u64> {
+        match output {
+            Output::First(part, after) => {
+                self.keeper.keep(&part, None, &after).await?;
+                Ok(0)
+            }
+            Output::Part(part, after) => {
+                let part = Arc::new(part);
+                let receipt = self.upload.put(Arc::clone(&part)).await?;
+                if let Some(after) = after {
+                    self.keeper.keep(&part, Some(receipt), &after).await?;
                 }
-                None => more = false,
-            },
-            Some(put) = puts.next() => tick(put?),
-            _ = ticks.tick() => tick(0),
+                Ok(part.size.get())
+            }
         }
     }
-    Ok(())
 }

@@ -36,6 +36,11 @@ pub(super) enum Task {
 /// daemon, and has undone its effects by then.
 pub(super) fn spawn(work: &Work, reservation: Reservation, task: Task) {
     let Some(job) = reservation.accept() else { return };
+    spawn_job(work, job, task);
+}
+
+/// Starts the task of a job that everyone knows of.
+pub(super) fn spawn_job(work: &Work, job: Job, task: Task) {
     let tasks = work.0.tasks.clone();
     tasks.spawn(Box::pin(drive(work.clone(), job, task)));
 }
@@ -49,6 +54,12 @@ async fn drive(work: Work, job: Job, task: Task) {
         Task::Capture(capture) => Some(capture.image.id.clone()),
         Task::Verify(_) | Task::Rehearse(_) => None,
     };
+    if let Task::Capture(capture) = &task
+        && let Some(interrupted) = &capture.interrupted
+    {
+        let earlier = ports.journal.trace(&id).await.ok().flatten().unwrap_or_default();
+        tracker.resumed(interrupted.resume.time_line.clone(), earlier);
+    }
 
     let watchdog = Watchdog::new(state.subscribe(), stop.clone(), inner.settings.progress_timeout);
     let steps = async {
@@ -80,6 +91,11 @@ async fn drive(work: Work, job: Job, task: Task) {
     let outcome = AssertUnwindSafe(steps).catch_unwind().await;
     let outcome = outcome.unwrap_or_else(|_| Err(Error::new(Reason::Internal, "a step panicked")));
     let asked = state.borrow().status == Status::Canceling;
+    let stopped = outcome.as_ref().is_err_and(|error| error.reason() == Reason::Canceled);
+    if stopped && inner.closing.is_cancelled() && tracker.is_left_to_a_later_process() {
+        tracing::info!(work_request = %id, "left to the next start, which goes on with it");
+        return;
+    }
     let outcome = outcome.map_err(|error| match why_stopped(&error, asked, stop.is_cancelled()) {
         Some(why) => {
             if error.reason() == Reason::Stalled {

@@ -39,10 +39,15 @@ impl Live {
         let snapshot = prepared.take().await?;
         tracker.owe(Some(Undo { frozen: false, ..undo })).await?;
         tracker.log(told(snapshot.point()));
+        Ok(Self::new(snapshot))
+    }
+
+    /// One that was taken, or regained.
+    pub(super) fn new(snapshot: Box<dyn LiveSnapshot>) -> Self {
         let pace = Pace::default();
         // Until it is known what its guest bears.
         pace.set(Some(0));
-        Ok(Self { snapshot, pace })
+        Self { snapshot, pace }
     }
 
     /// The volume as it was then.

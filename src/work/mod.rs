@@ -20,6 +20,7 @@ mod preflight;
 mod recover;
 mod registry;
 mod rehearse;
+mod resume;
 mod tracker;
 mod verify;
 mod watchdog;
@@ -141,8 +142,10 @@ impl Work {
     pub async fn start(ports: Ports, settings: Settings) -> Result<Self> {
         let catalogue = Catalogue::new(ports.stores.clone());
         catalogue.store(&settings.default_store)?;
-        let registry = Registry::new(recover::recover(&ports).await?);
-        Ok(Self(Arc::new(Inner {
+        let (interrupted, ended): (Vec<_>, Vec<_>) = (recover::recover(&ports).await?.into_iter())
+            .partition(|request| !request.status.is_final());
+        let registry = Registry::new(ended);
+        let work = Self(Arc::new(Inner {
             catalogue,
             registry,
             places: Arc::new(Semaphore::new(settings.max_captures.get())),
@@ -151,7 +154,35 @@ impl Work {
             closing: CancellationToken::new(),
             ports,
             settings,
-        })))
+        }));
+        for request in interrupted {
+            work.go_on(request).await?;
+        }
+        Ok(work)
+    }
+
+    /// Goes on with a capture that another process of imaged began.
+    async fn go_on(&self, request: WorkRequest) -> Result<()> {
+        let Some(resume) = request.resume.clone() else {
+            let context = format!("{} can neither be ended nor gone on with", request.id);
+            return Err(Error::new(Reason::Internal, context));
+        };
+        tracing::info!(work_request = %request.id, "going on with it");
+        let parts = self.0.ports.journal.parts(&request.id).await?;
+        let instance = resume.instance.as_deref().and_then(|name| self.instance(name).ok());
+        let interrupted =
+            resume::Interrupted { resume: *resume.clone(), undo: request.undo.clone(), parts };
+        let capture = capture::Capture {
+            image: interrupted.image(),
+            instance: instance.cloned(),
+            mode: Mode::Crash,
+            interrupted: Some(interrupted),
+        };
+        self.0.catalogue.begin(capture.image.clone());
+        let lock = admission::Lock::Source(resolve(resume.origin.source_volume.clone()).await);
+        let job = self.0.registry.readmit(request, lock, self.0.closing.child_token());
+        driver::spawn_job(self, job, driver::Task::Capture(Box::new(capture)));
+        Ok(())
     }
 
     /// Accepts an order for an image; answers when it is in the journal. The
@@ -210,7 +241,12 @@ impl Work {
         };
         let image = self.accept(&request, instance.as_ref(), image, wanted.mode).await?;
         self.0.catalogue.begin(image.clone());
-        let capture = capture::Capture { image: image.clone(), instance, mode: wanted.mode };
+        let capture = capture::Capture {
+            image: image.clone(),
+            instance,
+            mode: wanted.mode,
+            interrupted: None,
+        };
         driver::spawn(self, reservation, driver::Task::Capture(Box::new(capture)));
         Ok((Some(image), request))
     }

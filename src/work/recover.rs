@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{Ports, tracker};
+use super::{Ports, resume::resumable, tracker};
 use crate::{
     error::{Error, Reason, Result},
     model::{
@@ -15,14 +15,19 @@ use crate::{
 };
 
 /// Gives instances back what dead captures took, removes what dead uploads
-/// left, and ends the requests that they belonged to. Returns all requests
-/// that are remembered.
+/// left, and ends the requests that they belonged to, but for those that can
+/// be gone on with. Returns all requests that are remembered.
 pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
     let mut requests = ports.journal.load().await?;
     give_back(ports, &mut requests).await?;
+    let keep: Vec<_> = requests
+        .iter()
+        .filter(|request| resumable(request))
+        .filter_map(|request| Some(request.resume.as_ref()?.image_id.clone()))
+        .collect();
     let mut stores = Stores::default();
     for store in &ports.stores {
-        match store.sweep().await {
+        match store.sweep(&keep).await {
             Ok(0) => {}
             Ok(uploads) => {
                 tracing::warn!(store = store.name(), uploads, "removed unfinished uploads");
@@ -40,6 +45,7 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
     for request in requests.iter_mut().filter(|request| !request.status.is_final()) {
         let now = ports.clock.now();
         match stores.made_its_image(request).await {
+            Made::No | Made::Unknown(_) if resumable(request) => continue,
             Made::Yes => request.finish(Status::Succeeded, None, now),
             Made::No => {
                 let error =
@@ -74,7 +80,7 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
 /// What holds guests, all at once: a QEMU that hangs must not keep the others
 /// waiting. What cannot be done now is tried again by the next start.
 async fn give_back(ports: &Ports, requests: &mut [WorkRequest]) -> Result<()> {
-    let owing = requests.iter_mut().filter(|request| request.undo.is_some());
+    let owing = requests.iter_mut().filter(|request| request.undo.is_some() && !resumable(request));
     let given = owing.map(async |request| {
         let Some(undo) = &request.undo else { return Ok(()) };
         let recorder = Arc::new(Recorder::new());

@@ -132,6 +132,16 @@ impl Registry {
         Ok(Admitted::New(request, Reservation { registry: self.clone(), job: Some(job) }))
     }
 
+    /// Takes a request of an earlier process in again, which holds `lock`.
+    pub(super) fn readmit(&self, request: WorkRequest, lock: Lock, stop: CancellationToken) -> Job {
+        let id = request.id.clone();
+        let state = watch::Sender::new(request);
+        let job = Job { id: id.clone(), state: state.clone(), stop: stop.clone() };
+        let entry = Entry { state, lock: Some(lock), stop, standing: Standing::Accepted };
+        self.entries().insert(id, entry);
+        job
+    }
+
     /// Fails while work on `image` goes on.
     pub(super) fn check_unused(&self, image: &ImageId) -> Result<()> {
         let entries = self.entries();

@@ -9,14 +9,17 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
+    encode::Checkpoint,
     error::{ErrorKind, Reason, Result},
     model::{
-        Timestamp,
-        image::PhaseTime,
+        Timestamp, WorkRequestId,
+        image::{PhaseTime, StoredPart},
         live::{Rehearsal, Undo},
+        trace::Trace,
+        upload::{KeptPart, Receipt, Resume},
         work_request::{ErrorEntry, LogEntry, Phase, Progress, Status, WorkRequest},
     },
-    port::{Clock, Journal},
+    port::{Clock, Journal, Part},
     recorder::Recorder,
 };
 
@@ -31,6 +34,8 @@ pub(super) struct Tracker {
     teller: Teller,
     journal: Arc<dyn Journal>,
     recorder: Arc<Recorder>,
+    /// What an earlier process said to the instance.
+    earlier: Trace,
     /// When each phase began.
     time_line: Vec<PhaseTime>,
     /// Bytes that were done at some moments of the last seconds.
@@ -47,6 +52,7 @@ impl Tracker {
             teller: Teller { state, clock },
             journal,
             recorder: Arc::default(),
+            earlier: Trace::default(),
             time_line: Vec::new(),
             samples: VecDeque::new(),
         }
@@ -71,6 +77,35 @@ impl Tracker {
         self.teller.state.send_modify(|request| request.phase = phase);
         self.samples.clear();
         self.keep().await
+    }
+
+    /// Goes on where another process of imaged ended.
+    pub(super) fn resumed(&mut self, time_line: Vec<PhaseTime>, earlier: Trace) {
+        self.time_line = time_line;
+        self.earlier = earlier;
+    }
+
+    /// How a later process goes on with it, from here on; `None`: it cannot.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`.
+    pub(super) async fn resumable(&self, resume: Option<Box<Resume>>) -> Result<()> {
+        self.teller.state.send_modify(|request| request.resume = resume);
+        self.keep().await
+    }
+
+    /// Whether the work is left to a later process: it can go on with it, and
+    /// nobody asked for its end.
+    pub(super) fn is_left_to_a_later_process(&self) -> bool {
+        let request = self.teller.state.borrow();
+        request.resume.is_some() && request.status != Status::Canceling
+    }
+
+    /// What keeps the parts of the upload.
+    pub(super) fn keeper(&self) -> Keeper {
+        let id = self.teller.state.borrow().id.clone();
+        Keeper { journal: Arc::clone(&self.journal), id }
     }
 
     /// When each phase began, so far.
@@ -144,6 +179,9 @@ impl Tracker {
         if let Err(error) = self.keep_trace().await {
             tracing::error!(work_request = %ended.id, "{error:?}");
         }
+        if let Err(error) = self.journal.forget_parts(&ended.id).await {
+            tracing::error!(work_request = %ended.id, "{error:?}");
+        }
         // Durable before anyone is told.
         if let Err(error) = self.journal.put(&ended).await {
             tracing::error!(work_request = %ended.id, "{error:?}");
@@ -153,12 +191,17 @@ impl Tracker {
 
     /// Keeps what was said to the instance so far.
     async fn keep_trace(&self) -> Result<()> {
-        let trace = self.recorder.trace();
+        let trace = self.trace();
         if trace.is_empty() {
             return Ok(());
         }
         let id = self.teller.state.borrow().id.clone();
         self.journal.put_trace(&id, &trace).await
+    }
+
+    /// What was said to the instance so far.
+    pub(super) fn trace(&self) -> Trace {
+        self.earlier.clone().then(self.recorder.trace())
     }
 
     /// What is to be done to the instance whatever happens to imaged from
@@ -186,6 +229,38 @@ impl Tracker {
     async fn keep(&self) -> Result<()> {
         let request = self.teller.state.borrow().clone();
         self.journal.put(&request).await
+    }
+}
+
+/// Keeps what a store has of an upload.
+#[derive(Debug)]
+pub(super) struct Keeper {
+    journal: Arc<dyn Journal>,
+    id: WorkRequestId,
+}
+
+impl Keeper {
+    /// Keeps a part, `receipt` from its store, or the first one, which none
+    /// has.
+    pub(super) async fn keep(
+        &self,
+        part: &Part,
+        receipt: Option<Receipt>,
+        after: &Checkpoint,
+    ) -> Result<()> {
+        let body = match receipt {
+            None => part.pieces().collect::<Vec<_>>().concat(),
+            Some(_) => Vec::new(),
+        };
+        let kept = KeptPart {
+            number: part.number,
+            stored: StoredPart { size: part.size, sha256: part.sha256 },
+            receipt,
+            standing: after.standing()?,
+            digests: after.digests()?,
+            body,
+        };
+        self.journal.put_part(&self.id, kept).await
     }
 }
 

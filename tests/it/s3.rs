@@ -1,11 +1,14 @@
 //! Images in an S3 bucket: a real SeaweedFS, and a proxy that does to requests
 //! what networks do.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use crate::{
-    lab::{Config, Daemon, noise, run, scratch, sparse_file, text},
-    proxy::{FaultPlan, FaultProxy},
+    lab::{Config, Daemon, noise, run, scratch, sparse_file, text, wait_for},
+    proxy::{self, Fault, FaultPlan, FaultProxy},
     weed::Weed,
 };
 
@@ -111,4 +114,82 @@ fn root_s3_each_upload_through_a_bad_network_is_whole_or_absent() {
 
 fn fresh() -> u64 {
     std::time::UNIX_EPOCH.elapsed().unwrap().subsec_nanos().into()
+}
+
+/// Bytes that were sent of each part, by number.
+fn sent(proxy: &FaultProxy) -> std::collections::BTreeMap<u32, u64> {
+    proxy.body_bytes(|entry| {
+        let number = proxy::query(&entry.target, "partNumber")?.parse::<u32>().ok()?;
+        (entry.method == "PUT").then_some(number)
+    })
+}
+
+/// Parts that the store has acknowledged.
+fn acknowledged(proxy: &FaultProxy) -> Vec<u32> {
+    let log = proxy.log();
+    let done = log.iter().filter(|entry| entry.method == "PUT" && entry.status == Some(200));
+    let numbers = done.filter_map(|entry| proxy::query(&entry.target, "partNumber")?.parse().ok());
+    numbers.collect()
+}
+
+/// Waits until so many parts are acknowledged.
+fn wait_for_parts(proxy: &FaultProxy, count: usize) {
+    wait_for("parts to be stored", Duration::from_secs(60), || {
+        (acknowledged(proxy).len() >= count).then_some(())
+    });
+}
+
+/// Each part takes its time.
+fn slowly() -> FaultPlan {
+    FaultPlan::rule(|request, _| match proxy::query(&request.target, "partNumber") {
+        Some(_) => Fault::Delay(Duration::from_millis(300)),
+        None => Fault::None,
+    })
+}
+
+fn begin(daemon: &Daemon, volume: &Path) -> String {
+    let volume = volume.to_str().unwrap();
+    let started = daemon.json(&["image", "create", "--boot-volume", volume]);
+    started["opc-work-request-id"].as_str().unwrap().to_owned()
+}
+
+#[test]
+#[ignore = "needs root, QEMU's tools and SeaweedFS"]
+fn root_s3_a_killed_daemon_goes_on_and_sends_no_part_twice() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = volume(dir.path(), 120);
+    let weed = Weed::start();
+    let proxy = FaultProxy::start(weed.address());
+    proxy.plan(slowly());
+    let lines = format!(
+        "boot_volume_dirs = [{:?}]\n{}",
+        dir.path(),
+        weed.config(proxy.address(), dir.path())
+    );
+    let config = Config { lines, ..Config::default() };
+    let mut daemon = Daemon::start(&config);
+    let request = begin(&daemon, &volume);
+    let mut state = None;
+    // Killed twice, and stopped in order once.
+    for (parts, kill) in [(3, true), (6, false), (8, true)] {
+        wait_for_parts(&proxy, parts);
+        let kept = if kill { daemon.kill() } else { daemon.stop() };
+        state = kept.or(state);
+        daemon = Daemon::start_in(state.as_ref().unwrap().path(), &config);
+    }
+    let watched = daemon.imagectl(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(watched.status.success(), "{}", String::from_utf8_lossy(&watched.stderr));
+    let ended = crate::lifecycle::status(&daemon, &request);
+    assert_eq!(ended["status"], "SUCCEEDED", "{ended}");
+    let mut numbers = acknowledged(&proxy);
+    let all = numbers.len();
+    numbers.sort_unstable();
+    numbers.dedup();
+    assert_eq!(all, numbers.len(), "parts were stored twice: {:?}", sent(&proxy));
+    let id = daemon.json(&["image", "list"])["data"][0]["id"].as_str().unwrap().to_owned();
+    judge(&weed, &id, &volume, dir.path());
+    let verified = daemon.imagectl(&["image", "verify", "--image-id", &id]);
+    assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
+    assert_eq!(weed.uploads(), 0);
+    assert!(!weed.keys().iter().any(|key| key.starts_with("uploads/")));
 }

@@ -84,7 +84,7 @@ impl ObjectStore for EmptyStore {
     fn begin<'a>(&'a self, _: &'a ImageId) -> BoxFuture<'a, Result<Box<dyn Upload>>> {
         self.refused()
     }
-    fn sweep(&self) -> BoxFuture<'_, Result<usize>> {
+    fn sweep<'a>(&'a self, _: &'a [ImageId]) -> BoxFuture<'a, Result<usize>> {
         Box::pin(async { Ok(0) })
     }
     fn list(&self) -> BoxFuture<'_, Result<Vec<(Manifest, Record)>>> {

@@ -15,7 +15,7 @@ use std::{
 };
 
 use imaged::{
-    encode::{self, Settings, SpareMemory},
+    encode::{self, Output, Settings, SpareMemory},
     error::{Error, Reason},
     model::{
         ByteSize,
@@ -116,6 +116,7 @@ fn image(compression: Compression) -> Image {
         compression,
         threads: NonZeroUsize::MIN,
         spare: SpareMemory::default(),
+        resumable: false,
     };
     let (meter, stop) = (Meter::default(), CancellationToken::new());
     thread::scope(|scope| {
@@ -130,7 +131,7 @@ fn image(compression: Compression) -> Image {
         });
         let encoding = scope.spawn(|| encode::run(&settings, pieces, parts_in, &meter, &stop));
         let mut object = Vec::new();
-        while let Some(part) = parts.blocking_recv() {
+        while let Some(Output::Part(part, _)) = parts.blocking_recv() {
             let start = usize::try_from(part.offset).unwrap();
             let bytes = part.pieces().collect::<Vec<_>>().concat();
             object.resize(object.len().max(start + bytes.len()), 0);

@@ -70,6 +70,22 @@ pub struct Layout {
     refcounts: Refcounts,
 }
 
+/// All that a layout knows between two extents, to go on by another process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs, reason = "as in `Layout`")]
+pub struct State {
+    pub next_guest: u64,
+    pub tail: u64,
+    pub packs: Vec<Range<u64>>,
+    pub l1: Vec<u64>,
+    pub l2: Vec<u64>,
+    pub l2_index: u64,
+    /// Offsets of emitted refcount blocks.
+    pub table: Vec<u64>,
+    /// Refcount blocks that are open.
+    pub open: Vec<Vec<u16>>,
+}
+
 /// Refcounts of host clusters: blocks that are not emitted yet, and where the
 /// others are.
 #[derive(Debug, Default)]
@@ -117,6 +133,30 @@ impl Layout {
             l2_index: 0,
             refcounts,
         }
+    }
+
+    /// All that it knows, for [`Self::resume`].
+    #[must_use]
+    pub fn state(&self) -> State {
+        State {
+            next_guest: self.next_guest,
+            tail: self.tail,
+            packs: self.packs.clone(),
+            l1: self.l1.clone(),
+            l2: self.l2.clone(),
+            l2_index: self.l2_index,
+            table: self.refcounts.table.clone(),
+            open: self.refcounts.open.iter().cloned().collect(),
+        }
+    }
+
+    /// The layout as it was when it gave its `state`.
+    #[must_use]
+    pub fn resume(virtual_size: u64, compression: Compression, state: State) -> Self {
+        let State { next_guest, tail, packs, l1, l2, l2_index, table, open } = state;
+        let refcounts = Refcounts { table, open: open.into() };
+        let new = Self::new(virtual_size, compression);
+        Self { next_guest, tail, packs, l1, l2, l2_index, refcounts, ..new }
     }
 
     /// Finds the place of guest cluster `guest` and returns its host offset.

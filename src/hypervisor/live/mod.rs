@@ -33,6 +33,7 @@ mod snapshot;
 mod undo;
 
 pub use prepare::prepare;
+pub use snapshot::regain;
 pub use undo::undo;
 
 use std::time::Duration;

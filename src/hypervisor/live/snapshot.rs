@@ -32,6 +32,7 @@ use crate::{
         ByteSize,
         image::Consistency,
         live::{LiveSource, Mode, PointInTime, Undo},
+        upload::ResumeSource,
     },
     port::{BoxFuture, DiskWork, LiveSnapshot, Prepared, SnapshotOrder},
     recorder::Recorder,
@@ -178,6 +179,42 @@ impl Ready {
         let Done {} = self.qmp.execute(command, within(COMMAND)).await?;
         Ok(())
     }
+}
+
+/// Takes over a snapshot that another session took.
+///
+/// # Errors
+///
+/// Those of [`Qmp`]; `SNAPSHOT_BROKEN` when it is not there any more.
+pub async fn regain(
+    undo: &Undo,
+    source: &ResumeSource,
+    recorder: Arc<Recorder>,
+) -> Result<Box<dyn LiveSnapshot>> {
+    let gone = || {
+        let context = format!("the snapshot of instance {:?} is gone", undo.instance);
+        Error::new(Reason::SnapshotBroken, context)
+            .advice("ask for the image again, with a new retry token")
+    };
+    let ResumeSource::Live { point, source, scratch } = source else { return Err(gone()) };
+    let qmp = match Qmp::connect(&undo.qmp_socket, recorder, within(COMMAND)).await {
+        Err(error) if error.reason() == Reason::HypervisorGone => return Err(gone().because(error)),
+        connected => connected?,
+    };
+    let names = Names::of(&undo.tag)?;
+    let exports = qmp.execute(Command::query_exports(), within(COMMAND)).await?;
+    if !exports.iter().any(|export| export.id == names.snapshot.as_str()) {
+        return Err(gone());
+    }
+    // Failures to keep it that nobody was told of are told to who opens it.
+    let file = undo.dir.join(SCRATCH_FILE);
+    let file = tokio::task::spawn_blocking(move || fs::OpenOptions::new().write(true).open(file));
+    let file = file.await.map_err(io::Error::other).flatten();
+    let file = file.map_err(|cause| gone().because(cause))?;
+    let events = tokio::sync::Mutex::new(qmp.events());
+    let source = LiveSource { process: qmp.process(), ..source.clone() };
+    let (undo, point, limit) = (undo.clone(), *point, *scratch);
+    Ok(Box::new(Taken { qmp, events, undo, point, source, limit, scratch: file }))
 }
 
 /// A point in time that no freeze protects.

@@ -17,6 +17,7 @@ mod upload;
 use std::{fmt, ops::Range, sync::Arc};
 
 use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 
 pub use self::{retry::Retry, store::BucketStore};
 use super::http::Answer;
@@ -66,6 +67,17 @@ pub trait Bucket: Send + Sync + fmt::Debug {
         upload: &'a UploadId,
         part: Arc<Part>,
     ) -> BoxFuture<'a, Result<ETag>>;
+    /// The parts of an upload that the service tells of, in any order; a
+    /// number may come twice. None where it cannot tell, or there is no such
+    /// upload.
+    fn parts<'a>(
+        &'a self,
+        key: &'a str,
+        upload: &'a UploadId,
+    ) -> BoxFuture<'a, Result<Vec<ListedPart>>> {
+        let (_, _) = (key, upload);
+        Box::pin(async { Ok(Vec::new()) })
+    }
     /// Makes an object of these parts, numbers ascending.
     fn complete<'a>(
         &'a self,
@@ -85,10 +97,10 @@ pub trait Bucket: Send + Sync + fmt::Debug {
 pub struct ETag(pub String);
 
 /// An upload that a service knows.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UploadId {
-    /// What the service calls it. A secret where the name alone gives access,
-    /// as with pre-authenticated requests.
+    /// What the service calls it. It stands in the journal: an adapter whose
+    /// service gives access by the name alone seals it.
     pub name: String,
     /// Whether it keeps a checksum of each part.
     pub checksums: Checksums,
@@ -101,7 +113,7 @@ impl fmt::Debug for UploadId {
 }
 
 /// Whether a service keeps a checksum of each part of an upload.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Checksums {
     /// The parts' SHA-256s.
     Sha256,
@@ -118,6 +130,19 @@ pub struct StoredAs {
     pub etag: ETag,
     /// Its digest.
     pub sha256: ObjectDigest,
+}
+
+/// A part as a service tells of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ListedPart {
+    /// From 1.
+    pub number: u32,
+    /// Its version.
+    pub etag: ETag,
+    /// Its length.
+    pub size: ByteSize,
+    /// Its MD5, in lower-case hexadecimal digits, where that is told.
+    pub md5: Option<String>,
 }
 
 /// What is known of an object.

@@ -5,7 +5,7 @@ use std::{ops::Range, sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::time::{Instant, sleep};
 
-use super::{Bucket, Complete, ETag, Facts, Over, Page, Put, StoredAs, UploadId};
+use super::{Bucket, Complete, ETag, Facts, ListedPart, Over, Page, Put, StoredAs, UploadId};
 use crate::{
     error::{Error, Reason, Result},
     model::ByteSize,
@@ -131,6 +131,14 @@ impl Bucket for Retry {
         part: Arc<Part>,
     ) -> BoxFuture<'a, Result<ETag>> {
         Box::pin(self.again(move || self.bucket.put_part(key, upload, Arc::clone(&part))))
+    }
+
+    fn parts<'a>(
+        &'a self,
+        key: &'a str,
+        upload: &'a UploadId,
+    ) -> BoxFuture<'a, Result<Vec<ListedPart>>> {
+        Box::pin(self.again(move || self.bucket.parts(key, upload)))
     }
 
     fn complete<'a>(

@@ -23,6 +23,7 @@ use crate::{
         ByteSize, ImageId,
         host::Space,
         image::{Manifest, Record},
+        upload::{KeptPart, UploadToken},
     },
     port::{BoxFuture, Delete, ObjectReader, ObjectStore, Upload},
     store::{
@@ -229,8 +230,21 @@ impl ObjectStore for BucketStore {
         })
     }
 
-    fn sweep(&self) -> BoxFuture<'_, Result<usize>> {
-        Box::pin(sweep::sweep(&self.store))
+    fn resume<'a>(
+        &'a self,
+        id: &'a ImageId,
+        token: &'a UploadToken,
+        parts: Vec<KeptPart>,
+    ) -> BoxFuture<'a, Result<Box<dyn Upload>>> {
+        Box::pin(async move {
+            let store = Arc::clone(&self.store);
+            let upload = BucketUpload::resume(store, id.clone(), token, parts).await?;
+            Ok(Box::new(upload) as Box<dyn Upload>)
+        })
+    }
+
+    fn sweep<'a>(&'a self, keep: &'a [ImageId]) -> BoxFuture<'a, Result<usize>> {
+        Box::pin(sweep::sweep(&self.store, keep))
     }
 
     fn list(&self) -> BoxFuture<'_, Result<Vec<(Manifest, Record)>>> {

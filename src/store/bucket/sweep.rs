@@ -9,16 +9,16 @@ use crate::{
     store::form::{MANIFEST, TOMBSTONE},
 };
 
-/// Removes what this daemon's dead uploads left, and finishes deletions that
+/// Removes what this daemon's dead uploads left, but for those of `keep`, and finishes deletions that
 /// any host began. Other hosts' uploads are left alone, whatever their age.
 /// Answers how many uploads there were.
-pub async fn sweep(store: &Store) -> Result<usize> {
+pub async fn sweep(store: &Store, keep: &[ImageId]) -> Result<usize> {
     let claims = store.layout.claims(&store.owner.host_id);
     let mut swept = 0;
     for claim in store.keys(&claims).await? {
         let id = claim.strip_prefix(&claims).and_then(|id| id.parse::<ImageId>().ok());
         let Some(id) = id else { continue };
-        if store.living().contains(&id) {
+        if keep.contains(&id) || store.living().contains(&id) {
             continue;
         }
         // With a manifest it is an image, and only the claim is too many.

@@ -13,11 +13,18 @@ use std::{
 };
 
 use bytes::Bytes;
+use md5::{Digest, Md5};
 
-use super::{Bucket, Complete, ETag, Facts, Over, Put, StoredAs, UploadId, store::Store};
+use super::{
+    Bucket, Complete, ETag, Facts, ListedPart, Over, Put, StoredAs, UploadId, store::Store,
+};
 use crate::{
-    error::{Error, Reason, Result},
-    model::{ByteSize, ImageId, image::StoredPart},
+    error::{Context, Error, Reason, Result},
+    model::{
+        ByteSize, ImageId,
+        image::StoredPart,
+        upload::{KeptPart, Receipt, UploadToken},
+    },
     port::{BoxFuture, Part, Sealed, Upload},
     store::form::{self, EXTENTS, MAX_MANIFEST, OBJECT, RECORD, TRACE, Written},
 };
@@ -29,6 +36,9 @@ pub struct BucketUpload {
     key: String,
     upload: UploadId,
     parts: Mutex<BTreeMap<u32, (Written, ETag)>>,
+    /// What the service had when it was gone on with. The journal may lack the
+    /// last of them.
+    listed: Vec<ListedPart>,
 }
 
 impl BucketUpload {
@@ -45,12 +55,66 @@ impl BucketUpload {
             Ok((key, upload))
         };
         match begun.await {
-            Ok((key, upload)) => Ok(Self { store, id, key, upload, parts: Mutex::default() }),
+            Ok((key, upload)) => {
+                let (parts, listed) = (Mutex::default(), Vec::new());
+                Ok(Self { store, id, key, upload, parts, listed })
+            }
             Err(error) => {
                 store.living().remove(&id);
                 Err(error)
             }
         }
+    }
+
+    /// Goes on with the upload that `token` names, which has these parts.
+    pub async fn resume(
+        store: Arc<Store>,
+        id: ImageId,
+        token: &UploadToken,
+        parts: Vec<KeptPart>,
+    ) -> Result<Self> {
+        let upload: UploadId = serde_json::from_str(&token.0)
+            .context(Reason::JournalFailed, || {
+                format!("the journal's words for the upload of image {id} are odd")
+            })?;
+        let mut offset = 0;
+        let mut known = BTreeMap::new();
+        let mut last = 0;
+        for KeptPart { number, stored, receipt, .. } in parts {
+            let written = Written { offset, part: stored.clone() };
+            offset += stored.size.get();
+            // Behind a gap the offset is not known, nor of use: who puts it
+            // tells it again.
+            if let Some(Receipt(etag)) = receipt {
+                known.insert(number, (written, ETag(etag)));
+            }
+            last = number;
+        }
+        let key = store.layout.file(&id, OBJECT);
+        let listed = store.brief.parts(&key, &upload).await?;
+        tracing::info!(%id, parts = known.len(), last, "going on with an upload");
+        store.living().insert(id.clone());
+        Ok(Self { store, id, key, upload, parts: Mutex::new(known), listed })
+    }
+
+    /// What the service calls `part`, if it has it.
+    fn stored(&self, part: &Part) -> Option<ETag> {
+        let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((written, etag)) = parts.get(&part.number)
+            && (written.part.sha256, written.part.size) == (part.sha256, part.size)
+        {
+            return Some(etag.clone());
+        }
+        drop(parts);
+        let alike = |listed: &&ListedPart| {
+            (listed.number, listed.size) == (part.number, part.size) && listed.md5.is_some()
+        };
+        let mut alike = self.listed.iter().filter(alike).peekable();
+        alike.peek()?;
+        let mut md5 = Md5::new();
+        part.pieces().for_each(|piece| md5.update(piece));
+        let md5: String = md5.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        alike.find(|listed| listed.md5.as_ref() == Some(&md5)).map(|listed| listed.etag.clone())
     }
 
     /// What is known of the completed object, if it came of this upload: a
@@ -73,15 +137,19 @@ impl BucketUpload {
     /// The parts in order, if they are what the manifest says.
     fn whole(&self, sealed: &Sealed) -> Result<Vec<StoredAs>> {
         let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
-        let written = parts.iter().map(|(number, (part, _))| (*number, part.clone())).collect();
-        let len = parts.values().map(|(part, _)| part.part.size.get()).sum();
+        // One that went on with another encoder may have made fewer.
+        let last = u32::try_from(sealed.manifest.stored.parts.len()).unwrap_or(u32::MAX);
+        let parts = || parts.range(..=last);
+        let written: BTreeMap<_, Written> =
+            parts().map(|(number, (part, _))| (*number, part.clone())).collect();
+        let len = written.values().map(|part| part.part.size.get()).sum();
         form::check(&self.id, sealed, &written, len)?;
         let stored_as = |(&number, (written, etag)): (&u32, &(Written, ETag))| StoredAs {
             number,
             etag: etag.clone(),
             sha256: written.part.sha256,
         };
-        Ok(parts.iter().map(stored_as).collect())
+        Ok(parts().map(stored_as).collect())
     }
 
     /// Makes the image exist, also when the answer to an earlier try was lost.
@@ -110,15 +178,25 @@ impl BucketUpload {
 }
 
 impl Upload for BucketUpload {
-    fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<()>> {
+    fn token(&self) -> Option<UploadToken> {
+        serde_json::to_string(&self.upload).ok().map(UploadToken)
+    }
+
+    fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<Receipt>> {
         Box::pin(async move {
-            let etag =
-                self.store.patient.put_part(&self.key, &self.upload, Arc::clone(&part)).await?;
+            let etag = match self.stored(&part) {
+                Some(etag) => etag,
+                None => {
+                    let patient = &self.store.patient;
+                    patient.put_part(&self.key, &self.upload, Arc::clone(&part)).await?
+                }
+            };
             let stored = StoredPart { size: part.size, sha256: part.sha256 };
             let written = Written { offset: part.offset, part: stored };
             let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+            let receipt = Receipt(etag.0.clone());
             parts.insert(part.number, (written, etag));
-            Ok(())
+            Ok(receipt)
         })
     }
 

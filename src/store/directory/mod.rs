@@ -153,7 +153,7 @@ impl ObjectStore for DirectoryStore {
         self.run(|store| Ok(Box::new(DirectoryUpload::begin(store, id)?) as Box<dyn Upload>))
     }
 
-    fn sweep(&self) -> BoxFuture<'_, Result<usize>> {
+    fn sweep<'a>(&'a self, _: &'a [ImageId]) -> BoxFuture<'a, Result<usize>> {
         self.run(|store| removal::sweep(&store))
     }
 

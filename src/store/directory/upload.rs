@@ -28,7 +28,11 @@ use super::{
 };
 use crate::{
     error::{Error, Reason, Result},
-    model::{ByteSize, ImageId, image::StoredPart},
+    model::{
+        ByteSize, ImageId,
+        image::StoredPart,
+        upload::{Receipt, UploadToken},
+    },
     port::{BoxFuture, Part, Sealed, Upload},
     store::form::{self, EXTENTS, MANIFEST, OBJECT, RECORD, TRACE, Written},
 };
@@ -112,12 +116,17 @@ impl DirectoryUpload {
 }
 
 impl Upload for DirectoryUpload {
-    fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<()>> {
+    fn token(&self) -> Option<UploadToken> {
+        None
+    }
+
+    fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<Receipt>> {
         Box::pin(async move {
             let threads = &self.store.threads;
             let stage = threads.within(BYTES, Arc::clone(&self.stage).read_owned()).await?;
             let (store, id) = (Arc::clone(&self.store), self.id.clone());
-            threads.run(BYTES, move || stage.open(&id)?.put(&store, &id, &part)).await
+            threads.run(BYTES, move || stage.open(&id)?.put(&store, &id, &part)).await?;
+            Ok(Receipt::default())
         })
     }
 

@@ -14,7 +14,9 @@ use sha2::{Digest, Sha256};
 use self::answers::{Document, refusal};
 pub use self::sign::Credentials;
 use super::{
-    bucket::{Bucket, Checksums, Complete, ETag, Facts, Over, Page, Put, StoredAs, UploadId},
+    bucket::{
+        Bucket, Checksums, Complete, ETag, Facts, ListedPart, Over, Page, Put, StoredAs, UploadId,
+    },
     http::{
         Answer, Http, MAX_ANSWER, Method, Payload, Refusal, Request, StatusCode, Trouble,
         encoded_path,
@@ -355,6 +357,38 @@ impl Bucket for S3Bucket {
             }
             let answer = self.succeed(Ask { payload: Payload::Part(part), ..ask }).await?;
             self.etag(&what, &answer)
+        })
+    }
+
+    fn parts<'a>(
+        &'a self,
+        key: &'a str,
+        upload: &'a UploadId,
+    ) -> BoxFuture<'a, Result<Vec<ListedPart>>> {
+        Box::pin(async move {
+            let what = format!("list the parts of {key}");
+            let (mut parts, mut marker) = (Vec::new(), None);
+            // Bounded: a page has 1000 parts, and an object 10,000.
+            for _ in 0..20 {
+                let mut ask = Ask::new(Method::GET, key, &what).upload(upload);
+                if let Some(marker) = marker {
+                    ask = ask.query("part-number-marker", marker);
+                }
+                let Some(answer) = self.find(ask, "NoSuchUpload").await? else { break };
+                let document = self.document(&what, &answer)?;
+                let listed = document.each("Part", &["PartNumber", "ETag", "Size"]);
+                parts.extend(listed.filter_map(|[number, etag, size]| {
+                    let md5 = Some(etag.trim_matches('"').to_owned());
+                    let md5 = md5.filter(|md5| md5.len() == 32);
+                    let (number, size) = (number.parse().ok()?, ByteSize(size.parse().ok()?));
+                    Some(ListedPart { number, etag: ETag(etag), size, md5 })
+                }));
+                marker = document.text("NextPartNumberMarker");
+                if document.text("IsTruncated") != Some("true".into()) {
+                    break;
+                }
+            }
+            Ok(parts)
         })
     }
 

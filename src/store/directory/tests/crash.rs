@@ -22,11 +22,11 @@ async fn a_sweep_removes_the_dead_and_leaves_the_living_and_other_hosts() {
     drop(elsewhere.begin(&id(3)).await.unwrap());
 
     // Another daemon of the same host sees the same.
-    assert_eq!(bench.store().await.sweep().await.unwrap(), 1);
+    assert_eq!(bench.store().await.sweep(&[]).await.unwrap(), 1);
     assert_eq!(files(&bench.path().join("images")), [id(1).as_str(), id(3).as_str()]);
-    assert_eq!(store.sweep().await.unwrap(), 0);
+    assert_eq!(store.sweep(&[]).await.unwrap(), 0);
     living.put(parts(&[8192]).remove(0)).await.unwrap();
-    assert_eq!(elsewhere.sweep().await.unwrap(), 1);
+    assert_eq!(elsewhere.sweep(&[]).await.unwrap(), 1);
     assert_eq!(files(&bench.path().join("images")), [id(1).as_str()]);
 }
 
@@ -68,7 +68,7 @@ async fn no_crash_shows_half_an_image() {
         lay(&id(2), names);
         assert_eq!(listed(&store).await, [id(1).as_str()], "{names:?}");
         assert_eq!(store.get(&id(2)).await.unwrap(), None, "{names:?}");
-        assert_eq!(store.sweep().await.unwrap(), 1, "{names:?}");
+        assert_eq!(store.sweep(&[]).await.unwrap(), 1, "{names:?}");
         assert_eq!(files(&bench.path().join("images")), [id(1).as_str()], "{names:?}");
     }
     // With its manifest it is an image, and only the claim goes.
@@ -78,7 +78,7 @@ async fn no_crash_shows_half_an_image() {
     let restored = fs::read_to_string(bench.dir(&id(2)).join(MANIFEST)).unwrap();
     let restored = restored.replace(id(1).as_str(), id(2).as_str());
     fs::write(bench.dir(&id(2)).join(MANIFEST), restored).unwrap();
-    assert_eq!(store.sweep().await.unwrap(), 0);
+    assert_eq!(store.sweep(&[]).await.unwrap(), 0);
     assert_eq!(files(&whole), [EXTENTS, OBJECT, MANIFEST, RECORD]);
     assert_eq!(listed(&store).await, [id(1).as_str(), id(2).as_str()]);
     assert_eq!(store.delete(&id(2)).await.unwrap(), Delete::Deleted);
@@ -89,15 +89,15 @@ async fn no_crash_shows_half_an_image() {
         if !names.is_empty() {
             fs::write(bench.dir(&id(2)).join(CLAIM), "").unwrap();
         }
-        assert_eq!(store.sweep().await.unwrap(), 0, "{names:?}");
+        assert_eq!(store.sweep(&[]).await.unwrap(), 0, "{names:?}");
         make_old(&bench.dir(&id(2)));
-        assert_eq!(store.sweep().await.unwrap(), 1, "{names:?}");
+        assert_eq!(store.sweep(&[]).await.unwrap(), 1, "{names:?}");
         assert!(!bench.dir(&id(2)).exists(), "{names:?}");
     }
     // An operator's copy under way is nobody's to remove.
     lay(&id(2), &owned(&[OBJECT]));
     make_old(&bench.dir(&id(2)));
-    assert_eq!(store.sweep().await.unwrap(), 0);
+    assert_eq!(store.sweep(&[]).await.unwrap(), 0);
     assert_eq!(files(&bench.dir(&id(2))), [OBJECT]);
 }
 

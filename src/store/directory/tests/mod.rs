@@ -211,7 +211,7 @@ async fn a_sealed_image_is_whole_and_private() {
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     assert_eq!(mode(&dir), 0o700);
     assert!(files(&dir).iter().all(|file| mode(&dir.join(file)) == 0o600));
-    assert_eq!(store.sweep().await.unwrap(), 0);
+    assert_eq!(store.sweep(&[]).await.unwrap(), 0);
 }
 
 #[tokio::test]
