@@ -17,8 +17,8 @@ use super::{
     holder::Host,
     map,
     nbd::{
-        Client, Context as Asks, Endpoint, Guide, Role, ScratchExport, SnapshotExport, check_size,
-        read_all,
+        Client, Context as Asks, Endpoint, Guide, Role, ScratchExport, SnapshotExport, Wanted,
+        check_size, read_all,
     },
     reader::{self, Past, ReaderSettings, Source},
     reconcile::{Reconciler, Saved, Snapshot},
@@ -127,8 +127,13 @@ impl HeldVolume for Live {
             }
             Some(Way::Exports { mut snapshot, mut live, mut scratch }) => {
                 let guide = Guide::Live { live: &mut live, scratch: &mut scratch };
-                let (size, depth) = (self.facts.size, self.settings.depth);
-                read_all(&mut snapshot, guide, size, self.from, depth, &self.pace, pieces, stop)
+                let wanted = Wanted {
+                    size: self.facts.size,
+                    from: self.from,
+                    depth: self.settings.depth,
+                    pace: &self.pace,
+                };
+                read_all(&mut snapshot, guide, wanted, pieces, stop)
             }
             None => Err(Error::new(
                 Reason::Internal,

@@ -163,6 +163,7 @@ mod tests {
             retry: None,
             undo: None,
             rehearsal: None,
+            resume: None,
         }
     }
 

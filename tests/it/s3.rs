@@ -7,7 +7,7 @@ use std::{
 };
 
 use crate::{
-    lab::{Config, Daemon, noise, run, scratch, sparse_file, text, wait_for},
+    lab::{Config, Daemon, Guest, noise, run, scratch, sparse_file, text, wait_for},
     proxy::{self, Fault, FaultPlan, FaultProxy},
     weed::Weed,
 };
@@ -192,4 +192,104 @@ fn root_s3_a_killed_daemon_goes_on_and_sends_no_part_twice() {
     assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
     assert_eq!(weed.uploads(), 0);
     assert!(!weed.keys().iter().any(|key| key.starts_with("uploads/")));
+}
+
+#[test]
+#[ignore = "needs root and SeaweedFS"]
+fn root_s3_a_volume_that_was_written_to_meanwhile_is_not_gone_on_with() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = volume(dir.path(), 60);
+    let weed = Weed::start();
+    let proxy = FaultProxy::start(weed.address());
+    proxy.plan(slowly());
+    let lines = weed.config(proxy.address(), dir.path());
+    let lines = format!("boot_volume_dirs = [{:?}]\n{lines}", dir.path());
+    let config = Config { lines, ..Config::default() };
+    let daemon = Daemon::start(&config);
+    let request = begin(&daemon, &volume);
+    wait_for_parts(&proxy, 2);
+    let state = daemon.kill().unwrap();
+    assert_eq!(weed.uploads(), 1);
+    run("sh", &["-c", &format!("printf x | dd of={volume:?} conv=notrunc status=none")]);
+    let daemon = Daemon::start_in(state.path(), &config);
+    let watched = daemon.imagectl(&["work-request", "watch", "--work-request-id", &request]);
+    let said = String::from_utf8(watched.stderr).unwrap();
+    assert!(said.contains("was written to, or exchanged, while imaged was away"), "{said}");
+    assert!(said.contains("with a new retry token"), "{said}");
+    assert_eq!(weed.keys(), ["imaged-store.json"]);
+    assert_eq!(weed.uploads(), 0);
+    // And it is free again.
+    proxy.plan(FaultPlan::none());
+    daemon.create(&volume, &[]);
+}
+
+#[test]
+#[ignore = "needs root and SeaweedFS"]
+fn root_s3_an_outage_is_waited_for_and_a_restart_in_it_too() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = volume(dir.path(), 60);
+    let mut weed = Weed::start();
+    let proxy = FaultProxy::start(weed.address());
+    proxy.plan(slowly());
+    let lines = weed.config(proxy.address(), dir.path());
+    let lines = format!("boot_volume_dirs = [{:?}]\n{lines}", dir.path());
+    let config = Config { lines, ..Config::default() };
+    let daemon = Daemon::start(&config);
+    let request = begin(&daemon, &volume);
+    wait_for_parts(&proxy, 2);
+    proxy.away();
+    // The service itself dies, too, and comes back with what it had stored.
+    weed.restart();
+    std::thread::sleep(Duration::from_secs(3));
+    let state = daemon.kill().unwrap();
+    let daemon = Daemon::start_in(state.path(), &config);
+    let now = crate::lifecycle::status(&daemon, &request);
+    assert_eq!(now["status"], "IN_PROGRESS", "{now}");
+    proxy.back();
+    let watched = daemon.imagectl(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(watched.status.success(), "{}", String::from_utf8_lossy(&watched.stderr));
+    let id = daemon.json(&["image", "list"])["data"][0]["id"].as_str().unwrap().to_owned();
+    judge(&weed, &id, &volume, dir.path());
+}
+
+#[test]
+#[ignore = "needs root, QEMU and SeaweedFS"]
+fn qemu_s3_a_running_guest_goes_there_over_a_killed_daemon() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let guest = Guest::boot();
+    let weed = Weed::start();
+    let proxy = FaultProxy::start(weed.address());
+    proxy.plan(slowly());
+    let of_guest = crate::live::config(&guest);
+    let lines = format!("{}\n{}", of_guest.lines, weed.config(proxy.address(), dir.path()));
+    let config = Config { lines, ..of_guest };
+    let daemon = Daemon::start(&config);
+    crate::live::start_writer(&guest);
+    let started = daemon.json(&["image", "create", "--instance-id", "web-1"]);
+    let request = started["opc-work-request-id"].as_str().unwrap().to_owned();
+    wait_for_parts(&proxy, 3);
+    let state = daemon.kill().unwrap();
+    let used = run("du", &["-sk", state.path().to_str().unwrap()]);
+    println!("the state directory takes {used}");
+    let daemon = Daemon::start_in(state.path(), &config);
+    let watched = daemon.imagectl(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(watched.status.success(), "{}", String::from_utf8_lossy(&watched.stderr));
+    let mut numbers = acknowledged(&proxy);
+    let all = numbers.len();
+    numbers.sort_unstable();
+    numbers.dedup();
+    assert_eq!(all, numbers.len(), "parts were stored twice");
+    println!("peak of memory: {} MiB", daemon.peak_memory() >> 20);
+
+    // What was there in the moment, whole, and nothing of later.
+    let id = daemon.json(&["image", "list"])["data"][0]["id"].as_str().unwrap().to_owned();
+    let object = dir.path().join("fetched.qcow2");
+    weed.python(&format!("s3.download_file(bucket, 'images/{id}/image.qcow2', {object:?})"));
+    run("qemu-img", &["check", "-q", "-f", "qcow2", object.to_str().unwrap()]);
+    crate::live::assert_prefix(&crate::live::records(&object, true));
+    let verified = daemon.imagectl(&["image", "verify", "--image-id", &id]);
+    assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
+    // The guest has its disk back.
+    assert!(!guest.qmp("query-named-block-nodes").contains("imaged-"));
+    assert!(weed.keys().iter().any(|key| key.ends_with("trace.json")));
 }

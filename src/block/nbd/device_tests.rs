@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Allocated, Client, Content, Context, Endpoint, Fault, Guide, Role, ScratchExport,
-    SnapshotExport, fault,
+    SnapshotExport, Wanted, fault,
     negotiate::{Replies, negotiate},
     read_all,
     socket::Socket,
@@ -157,14 +157,17 @@ fn guided(client: &mut Client, guide: Guide<'_>, size: u64, depth: u16) -> Resul
             }
             (extents, zeroes)
         });
-        let result =
-            read_all(client, guide, ByteSize(size), depth, &Pace::default(), &pieces, &stop);
+        let result = read_all(client, guide, wanted(size, depth, &Pace::default()), &pieces, &stop);
         drop(pieces);
         let (extents, zeroes) = consumer.join().unwrap();
         result?;
         assert!(extents.keys().copied().eq(0..size.div_ceil(E)), "extents are missing");
         Ok((extents.into_values().flatten().collect(), zeroes))
     })
+}
+
+fn wanted(size: u64, depth: u16, pace: &Pace) -> Wanted<'_> {
+    Wanted { size: ByteSize(size), from: 0, depth, pace }
 }
 
 #[test]
@@ -249,9 +252,7 @@ fn qemu_that_is_not_there_or_dies_is_named() {
             read_all(
                 client,
                 Guide::Own,
-                ByteSize(64 * E),
-                4,
-                &Pace::default(),
+                wanted(64 * E, 4, &Pace::default()),
                 &pieces,
                 &CancellationToken::new(),
             )
@@ -298,7 +299,7 @@ fn qemu_that_hangs_is_not_waited_for_and_a_stop_is_heard() {
     let mut client = server.disk();
     let error = thread::scope(|scope| {
         let reader = scope.spawn(|| {
-            read_all(&mut client, Guide::Own, ByteSize(8 * E), 2, &Pace::default(), &pieces, &stop)
+            read_all(&mut client, Guide::Own, wanted(8 * E, 2, &Pace::default()), &pieces, &stop)
                 .unwrap_err()
         });
         thread::sleep(Duration::from_millis(50));
@@ -641,9 +642,7 @@ fn qemu_measure_an_export_of_4_gib() {
                 read_all(
                     &mut client,
                     Guide::Own,
-                    ByteSize(size),
-                    depth,
-                    &Pace::default(),
+                    wanted(size, depth, &Pace::default()),
                     &pieces,
                     &stop,
                 )

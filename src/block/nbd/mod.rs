@@ -30,6 +30,6 @@ pub use self::{
     fault::{Code, Fault, Violation},
     live::{ScratchExport, SnapshotExport},
     map::{Allocated, Content, Extents},
-    reader::{Guide, check_size, read_all},
+    reader::{Guide, Wanted, check_size, read_all},
     socket::{Socket, Stream},
 };

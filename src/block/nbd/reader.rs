@@ -58,11 +58,24 @@ pub enum Guide<'a> {
     },
 }
 
-/// Reads all `size` bytes of a volume from its export, and sends them as
+/// What is to be read, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// The volume's size.
+    pub size: ByteSize,
+    /// The first extent.
+    pub from: u64,
+    /// Extents that are read or wait for their consumer at most, at least 1 and
+    /// at most [`MAX_IN_FLIGHT`].
+    pub depth: u16,
+    /// No faster than this.
+    pub pace: &'a Pace,
+}
+
+/// Reads what is `wanted` of a volume from its export, and sends it as
 /// [`HeldVolume::read`](crate::port::HeldVolume::read) promises: every extent
-/// once, holes in order, and no faster than `pace`. At most `depth` extents are read or wait for their
-/// consumer, at least 1 and at most [`MAX_IN_FLIGHT`].
-///
+/// once, holes in order.
+//////
 /// What was sent is right only when this returns success: a snapshot can
 /// break while it is read, and its last read is of the past (see
 /// [`Client::vouch`]).
@@ -79,13 +92,11 @@ pub enum Guide<'a> {
 pub fn read_all(
     export: &mut Client,
     guide: Guide<'_>,
-    size: ByteSize,
-    from: u64,
-    depth: u16,
-    pace: &Pace,
+    wanted: Wanted<'_>,
     pieces: &SyncSender<Piece>,
     stop: &CancellationToken,
 ) -> Result<()> {
+    let Wanted { size, from, depth, pace } = wanted;
     check_size(export, size)?;
     let data = match (guide, export.endpoint().role) {
         (Guide::Live { live, scratch }, _) => {

@@ -82,6 +82,7 @@ fn work_request(status: Status, read: u64) -> WorkRequest {
         retry: None,
         undo: None,
         rehearsal: None,
+        resume: None,
     }
 }
 
