@@ -3,7 +3,7 @@
 use std::{env, error::Error, fs, path::PathBuf};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    const PROTOS: [&str; 5] = ["snapshot", "work_request", "image", "instance", "host"];
+    const PROTOS: [&str; 6] = ["snapshot", "work_request", "image", "instance", "host", "store"];
     println!("cargo::rerun-if-changed=proto");
 
     let files = PROTOS.map(|name| format!("proto/imaged/v1/{name}.proto"));

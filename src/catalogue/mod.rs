@@ -14,7 +14,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         ImageId,
-        image::{Image, ImageState},
+        image::{Image, ImageState, Manifest, Record},
     },
     port::{Delete, ObjectStore},
 };
@@ -90,11 +90,9 @@ impl Catalogue {
         let mut silent = Vec::new();
         for store in &self.stores {
             match store.list().await {
-                Ok(found) => {
-                    images.extend(found.into_iter().map(|(manifest, record)| {
-                        (manifest.id.clone(), manifest.into_image(record))
-                    }))
-                }
+                Ok(found) => images.extend(found.into_iter().map(|(manifest, record)| {
+                    (manifest.id.clone(), image_in(&**store, manifest, record))
+                })),
                 Err(error) => silent.push((store.name().to_owned(), error)),
             }
         }
@@ -130,7 +128,7 @@ impl Catalogue {
         for store in &self.stores {
             match store.get(id).await {
                 Ok(Some((manifest, record))) => {
-                    let image = manifest.into_image(record);
+                    let image = image_in(&**store, manifest, record);
                     return Ok(Found { image, store: Arc::clone(store) });
                 }
                 Ok(None) => {}
@@ -156,6 +154,14 @@ impl Catalogue {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ImageId, Image>> {
         self.provisioning.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A whole image. Another host may have made it, where the store has another
+/// name.
+fn image_in(store: &dyn ObjectStore, manifest: Manifest, record: Record) -> Image {
+    let mut image = manifest.into_image(record);
+    image.origin.store = store.name().to_owned();
+    image
 }
 
 /// The images of all stores that answered.

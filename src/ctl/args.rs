@@ -60,6 +60,9 @@ pub(super) enum Noun {
     /// This host: what it can do, and its stores.
     #[command(subcommand)]
     Host(HostVerb),
+    /// The stores of this host, where images are kept.
+    #[command(subcommand)]
+    Store(StoreVerb),
     /// Print a completion script for a shell.
     Completions {
         /// The shell that will read it.
@@ -93,6 +96,22 @@ pub(super) enum InstanceVerb {
 pub(super) enum HostVerb {
     /// Show what this host can do, and its stores.
     Get,
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum StoreVerb {
+    /// List the stores.
+    List,
+    /// Try everything that an image needs of a store, and remove it again.
+    Check {
+        /// Name of the store.
+        name: String,
+    },
+    /// Remove what dead uploads of this host left in a store.
+    Gc {
+        /// Name of the store.
+        name: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -220,6 +239,9 @@ pub(super) struct ImageList {
     /// Only those in this state.
     #[arg(long, value_enum, ignore_case = true, value_name = "STATE")]
     pub lifecycle_state: Option<LifecycleState>,
+    /// Only those in this store, whichever host made them.
+    #[arg(long, value_name = "NAME")]
+    pub store: Option<String>,
     /// What to sort by [default: TIMECREATED].
     #[arg(long, value_enum, ignore_case = true, value_name = "FIELD")]
     pub sort_by: Option<SortBy>,

@@ -14,7 +14,7 @@ use tonic::{
 use super::{args::DEFAULT_SOCKET, exit::Exit, failure::Failure};
 use crate::pb::{
     host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
-    instance_service_client::InstanceServiceClient,
+    instance_service_client::InstanceServiceClient, store_service_client::StoreServiceClient,
     work_request_service_client::WorkRequestServiceClient,
 };
 
@@ -75,6 +75,7 @@ impl Client {
         instances -> InstanceServiceClient,
         work_requests -> WorkRequestServiceClient,
         host -> HostServiceClient,
+        stores -> StoreServiceClient,
     }
 
     /// Waits for one answer, no longer than [`CALL_LIMIT`].

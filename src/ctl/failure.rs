@@ -45,6 +45,21 @@ impl Failure {
         self
     }
 
+    /// Adds what imaged reported elsewhere: a sentence, its causes and advice,
+    /// one a line.
+    pub(super) fn report(mut self, report: &str) -> Self {
+        for line in report.lines() {
+            match line.trim_start().split_once(": ") {
+                Some(("help", advice)) => self = self.help(advice),
+                Some((depth, cause)) if depth.parse::<u32>().is_ok() => {
+                    self.causes.push(cause.to_owned());
+                }
+                _ => self.causes.push(line.to_owned()),
+            }
+        }
+        self
+    }
+
     /// Adds what to do next.
     pub(super) fn help(self, advice: impl Into<String>) -> Self {
         self.note("help", advice)

@@ -46,7 +46,7 @@ pub(super) enum Step {
     /// One was appended.
     Appended,
     /// A part is full; the extent that filled it may wait for the next step.
-    Full(Cut, Checkpoint),
+    Full(Cut, Box<Checkpoint>),
 }
 
 /// How everything stands at the end of a part.
@@ -143,7 +143,7 @@ impl<'a> Assembler<'a> {
         if self.window.is_due(self.layout.tail()) {
             self.layout.settle(self.layout.tail(), &mut self.window);
             if let Some(cut) = self.window.cut(self.layout.settled()) {
-                return Step::Full(cut, self.checkpoint());
+                return Step::Full(cut, Box::new(self.checkpoint()));
             }
         }
         match self.early.remove(&self.next) {

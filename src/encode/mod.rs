@@ -272,9 +272,9 @@ impl Line<'_> {
                     drop(assembler);
                     match (cut, kept) {
                         (Cut::Full(part), _) => {
-                            self.outlet.send(part, Some(checkpoint).filter(|_| self.resumable))?;
+                            self.outlet.send(part, Some(*checkpoint).filter(|_| self.resumable))?;
                         }
-                        (Cut::Kept, Some(first)) => self.outlet.remember(first, checkpoint)?,
+                        (Cut::Kept, Some(first)) => self.outlet.remember(first, *checkpoint)?,
                         (Cut::Kept, None) => {}
                     }
                     assembler = lock(&self.assembler);

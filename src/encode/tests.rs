@@ -104,7 +104,7 @@ fn encode(volume: &[u8], compression: Compression, threads: usize) -> (Object, E
             let end = start + part.size.get() as usize;
             object.resize(object.len().max(end), 0);
             for piece in part.pieces() {
-                let aligned = |number: usize| number % sys::aligned::ALIGNMENT == 0;
+                let aligned = |number: usize| number.is_multiple_of(sys::aligned::ALIGNMENT);
                 assert!(aligned(piece.as_ptr() as usize) && aligned(start));
                 object[start..start + piece.len()].copy_from_slice(piece);
                 start += piece.len();

@@ -66,7 +66,6 @@ impl HostService for Host {
         _request: Request<pb::GetHostRequest>,
     ) -> Result<Response<pb::Host>, Status> {
         let facts = &self.facts;
-        let stores = (facts.stores)().await;
         let requests = self.work.work_requests();
         let active = requests.iter().filter(|request| {
             use work_request::Status::{Canceling, InProgress};
@@ -78,7 +77,7 @@ impl HostService for Host {
             kernel_release: facts.kernel_release.clone(),
             architecture: facts.architecture.clone(),
             features: facts.features.iter().cloned().map(Into::into).collect(),
-            stores: stores.into_iter().map(|state| store(state, &facts.default_store)).collect(),
+            stores: stores(facts).await,
             encode_threads: u32::try_from(facts.encode_threads).unwrap_or(u32::MAX),
             work_requests_in_progress: u32::try_from(active.count()).unwrap_or(u32::MAX),
         }))
@@ -89,6 +88,12 @@ impl From<Feature> for pb::Feature {
     fn from(feature: Feature) -> Self {
         Self { name: feature.name, available: feature.available, details: feature.details }
     }
+}
+
+/// The stores as they are now.
+pub(super) async fn stores(facts: &HostFacts) -> Vec<pb::Store> {
+    let states = (facts.stores)().await;
+    states.into_iter().map(|state| store(state, &facts.default_store)).collect()
 }
 
 fn store(state: StoreState, default: &str) -> pb::Store {

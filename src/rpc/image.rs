@@ -107,6 +107,7 @@ fn list(images: Vec<Image>, wanted: &pb::ListImagesRequest) -> Result<pb::ListIm
     let matches = |image: &Image| {
         is(&wanted.compartment_id, image.record.compartment_id.as_str())
             && is(&wanted.display_name, &image.record.display_name)
+            && is(&wanted.store, &image.origin.store)
             && is(&wanted.operating_system, &image.origin.os.name)
             && is(&wanted.operating_system_version, &image.origin.os.version)
             && (state == pb::image::LifecycleState::Unspecified

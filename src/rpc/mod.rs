@@ -15,6 +15,7 @@ mod instance;
 mod page;
 pub mod peer;
 pub mod status;
+mod store;
 mod work_request;
 
 use std::{future::Future, time::Duration};
@@ -87,12 +88,13 @@ fn authorise(access: Access, request: Request<()>) -> Result<Request<()>, Status
 async fn routes(work: Work, host: HostFacts) -> Result<Routes> {
     use pb::{
         host_service_server::HostServiceServer, image_service_server::ImageServiceServer,
-        instance_service_server::InstanceServiceServer,
+        instance_service_server::InstanceServiceServer, store_service_server::StoreServiceServer,
         work_request_service_server::WorkRequestServiceServer,
     };
     let images = ImageServiceServer::new(image::Images { work: work.clone() });
     let instances = InstanceServiceServer::new(instance::Instances { work: work.clone() });
     let requests = WorkRequestServiceServer::new(work_request::Requests { work: work.clone() });
+    let stores = StoreServiceServer::new(store::Stores { work: work.clone(), facts: host.clone() });
     let hosts = HostServiceServer::new(host::Host { work, facts: host });
 
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -100,6 +102,7 @@ async fn routes(work: Work, host: HostFacts) -> Result<Routes> {
     health.set_serving::<InstanceServiceServer<instance::Instances>>().await;
     health.set_serving::<WorkRequestServiceServer<work_request::Requests>>().await;
     health.set_serving::<HostServiceServer<host::Host>>().await;
+    health.set_serving::<StoreServiceServer<store::Stores>>().await;
 
     let unbuilt = || "the reflection of the API cannot be built";
     let reflection = || {
@@ -111,6 +114,7 @@ async fn routes(work: Work, host: HostFacts) -> Result<Routes> {
         .add_service(instances.max_decoding_message_size(MAX_REQUEST))
         .add_service(requests.max_decoding_message_size(MAX_REQUEST))
         .add_service(hosts.max_decoding_message_size(MAX_REQUEST))
+        .add_service(stores.max_decoding_message_size(MAX_REQUEST))
         .add_service(health_service)
         .add_service(reflection().build_v1().context(Reason::Internal, unbuilt)?)
         // For clients that know the older one alone.

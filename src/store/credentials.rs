@@ -110,7 +110,9 @@ impl Section {
 /// A file that nobody else may read, as text.
 fn read(path: &Path) -> Result<String> {
     let unreadable = || format!("the credentials {} cannot be read", path.display());
-    let file = File::open(path).context(Reason::StoreDenied, unreadable)?;
+    let file = File::open(path).context(Reason::StoreDenied, unreadable).map_err(|error| {
+        error.advice("make the file, or correct `credentials` in the store's table")
+    })?;
     let facts = file.metadata().context(Reason::StoreDenied, unreadable)?;
     if facts.mode() & 0o007 != 0 {
         let context = format!("everyone on this host may read or write {}", path.display());
@@ -189,6 +191,7 @@ mod tests {
         insta::assert_snapshot!(missing.s3().unwrap_err().report(), @"
         the credentials /nowhere cannot be read
           0: No such file or directory (os error 2)
+          help: make the file, or correct `credentials` in the store's table
         ");
         let none = Place { store: "far".into(), file: None, profile: None };
         insta::assert_snapshot!(none.none("or set X").report(), @r#"

@@ -21,6 +21,7 @@ mod recover;
 mod registry;
 mod rehearse;
 mod resume;
+mod stores;
 mod tracker;
 mod verify;
 mod watchdog;
@@ -31,6 +32,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::order::{CreateImage, RehearseImage, Source, VerifyImage};
+pub use self::stores::Step;
 use self::{
     order::{check_name, check_path, compact, fingerprint, retry},
     registry::Registry,

@@ -77,9 +77,9 @@ fn root_s3_each_upload_through_a_bad_network_is_whole_or_absent() {
     let seed = std::env::var("IMAGED_TEST_SEED").map_or_else(|_| fresh(), |s| s.parse().unwrap());
     println!("replay with IMAGED_TEST_SEED={seed}");
     let (mut made, mut failed) = (Vec::new(), Vec::new());
-    for round in 0..uploads() {
-        // From a bad day to one on which nothing works for long.
-        proxy.plan(FaultPlan::random(seed + round, [50, 150, 300, 700][round as usize % 4]));
+    // From a bad day to one on which nothing works for long.
+    for (round, per_mille) in (0..uploads()).zip([50, 150, 300, 700].into_iter().cycle()) {
+        proxy.plan(FaultPlan::random(seed + round, per_mille));
         let volume = volume.to_str().unwrap();
         let create = ["image", "create", "--boot-volume", volume, "--output", "json"];
         let output = daemon.imagectl(&[&create[..], &["--wait-for-state", "AVAILABLE"]].concat());
@@ -292,4 +292,159 @@ fn qemu_s3_a_running_guest_goes_there_over_a_killed_daemon() {
     // The guest has its disk back.
     assert!(!guest.qmp("query-named-block-nodes").contains("imaged-"));
     assert!(weed.keys().iter().any(|key| key.ends_with("trace.json")));
+}
+
+/// What `imagectl store check` says of a store with these lines, ports and
+/// directories masked.
+fn checked(weed: &Weed, dir: &Path, change: impl Fn(String) -> String) -> String {
+    let lines = change(weed.config(weed.address(), dir));
+    let daemon = Daemon::start(&Config { lines, ..Config::default() });
+    let output = daemon.imagectl(&["store", "check", "far"]);
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8(text).unwrap();
+    let port = format!(":{}", weed.address().port());
+    let text = text.replace(&port, ":PORT").replace("127.0.0.1:PORT", "HOST:PORT");
+    let text = text.replace(dir.to_str().unwrap(), "DIR");
+    // How often it was asked depends on chance.
+    let asked = |text: &str| {
+        let begin = text.find("was asked ")? + "was asked ".len();
+        let end = begin + text[begin..].find(',')?;
+        Some(format!("{}N times in N s{}", &text[..begin], &text[end..]))
+    };
+    let text = asked(&text).unwrap_or(text);
+    let masked = text.split("(request ").enumerate().map(|(index, piece)| match index {
+        0 => piece.to_owned(),
+        _ => format!("(request ID{}", &piece[piece.find(')').unwrap()..]),
+    });
+    masked.collect()
+}
+
+#[test]
+#[ignore = "needs root and SeaweedFS"]
+fn root_s3_a_check_says_what_is_wrong_and_what_to_do() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let weed = Weed::start();
+    let said = |change: fn(String) -> String| checked(&weed, dir.path(), change);
+    insta::assert_snapshot!(said(|lines| lines), @"
+    STEP             WORKS
+    read             yes
+    list             yes
+    begin an upload  yes
+    store a part     yes
+    remove           yes
+    ");
+    insta::assert_snapshot!(said(|lines| format!("{lines}prefix = \"Büro 1/50 %+\"\n")), @"
+    STEP             WORKS
+    read             yes
+    list             yes
+    begin an upload  yes
+    store a part     yes
+    remove           yes
+    ");
+    insta::assert_snapshot!(said(|lines| lines.replace("\"images\"", "\"imagse\"")), @r#"
+    STEP  WORKS
+    read  NO
+    imagectl: the store "far" cannot be used
+      0: the store "far" cannot be opened
+      1: http://HOST:PORT/imagse cannot read imaged-store.json
+      2: 404 NoSuchBucket: The specified bucket does not exist (request ID)
+      help: make the bucket, or correct `bucket` in the store's table; it may be there, too, and the credentials may not see it; imaged tries again whenever the store is used
+    "#);
+    insta::assert_snapshot!(said(|lines| lines.replace("s3.keys", "none.keys")), @r#"
+    STEP  WORKS
+    read  NO
+    imagectl: the store "far" cannot be used
+      0: the store "far" cannot be opened
+      1: the credentials DIR/none.keys cannot be read
+      2: No such file or directory (os error 2)
+      help: make the file, or correct `credentials` in the store's table; imaged tries again whenever the store is used
+    "#);
+    insta::assert_snapshot!(said(|lines| lines.replace("http://", "https://")), @r#"
+    STEP  WORKS
+    read  NO
+    imagectl: the store "far" cannot be used
+      0: the store "far" cannot be opened
+      1: the store was asked N times in N s, in vain
+      2: https://HOST:PORT does not answer
+      3: error sending request
+      4: client error (Connect)
+      5: received corrupt message of type InvalidContentType
+      help: look whether the service runs and whether this host reaches it, then ask again; imaged tries again whenever the store is used
+    "#);
+    insta::assert_snapshot!(said(|lines| lines.replace("127.0.0.1", "127.0.0.2")), @r#"
+    STEP  WORKS
+    read  NO
+    imagectl: the store "far" cannot be used
+      0: the store "far" cannot be opened
+      1: the store was asked N times in N s, in vain
+      2: http://127.0.0.2:PORT does not answer
+      3: error sending request
+      4: client error (Connect)
+      5: tcp connect error
+      6: Connection refused (os error 111)
+      help: look whether the service runs and whether this host reaches it, then ask again; imaged tries again whenever the store is used
+    "#);
+
+    let keys = |text: &str, secret: &str| {
+        let lines = weed.config(weed.address(), dir.path());
+        let file = dir.path().join("s3.keys");
+        let wrong = std::fs::read_to_string(&file).unwrap().replace(text, secret);
+        let other = dir.path().join("wrong.keys");
+        std::fs::write(&other, wrong).unwrap();
+        std::fs::set_permissions(&other, std::os::unix::fs::PermissionsExt::from_mode(0o600))
+            .unwrap();
+        drop(lines);
+    };
+    keys("imagedtestsecret", "guessed");
+    let wrong = |lines: String| lines.replace("s3.keys", "wrong.keys");
+    insta::assert_snapshot!(said(wrong), @r#"
+    STEP  WORKS
+    read  NO
+    imagectl: the store "far" cannot be used
+      0: the store "far" cannot be opened
+      1: http://HOST:PORT/images cannot read imaged-store.json
+      2: 403 SignatureDoesNotMatch: The request signature we calculated does not match the signature you provided. Check your key and signing method. (request ID)
+      help: look into the store's `credentials`: the key is unknown there, or another; imaged tries again whenever the store is used
+    "#);
+    keys("= imagedtest\n", "= nobody\n");
+    insta::assert_snapshot!(said(wrong), @r#"
+    STEP  WORKS
+    read  NO
+    imagectl: the store "far" cannot be used
+      0: the store "far" cannot be opened
+      1: http://HOST:PORT/images cannot read imaged-store.json
+      2: 403 InvalidAccessKeyId: The access key ID you provided does not exist in our records. (request ID)
+      help: look into the store's `credentials`: the key is unknown there, or another; imaged tries again whenever the store is used
+    "#);
+
+    // Something that answers, and is no store.
+    let page = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = page.local_addr().unwrap();
+    std::thread::spawn(move || {
+        use std::io::{Read, Write};
+        for stream in page.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = stream.read(&mut [0; 4096]);
+            let body = "<html><body>It works!</body></html>";
+            let head = "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\nconnection: close\r\n";
+            let _ = write!(stream, "{head}content-length: {}\r\n\r\n{body}", body.len());
+        }
+    });
+    let lines = weed.config(address, dir.path());
+    let daemon = Daemon::start(&Config { lines, ..Config::default() });
+    let said = daemon.refusal(&["store", "check", "far"]);
+    insta::assert_snapshot!(said.replace(&address.to_string(), "HOST:PORT"), @r#"
+    imagectl: the store "far" cannot be used
+      0: the store "far" cannot be opened
+      1: what answers is not the store "far"
+      2: http://HOST:PORT/images/imaged-store.json cannot be understood
+      3: expected value at line 1 column 1
+      help: is it the right endpoint and bucket? Where a newer imaged made the store, update this one; imaged tries again whenever the store is used
+    "#);
+    let said = daemon.refusal(&["store", "check", "near"]);
+    insta::assert_snapshot!(said, @r#"
+    imagectl: there is no store "near"
+      reason: STORE_NOT_FOUND
+      help: `imagectl host get` lists the stores
+    "#);
 }

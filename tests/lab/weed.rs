@@ -90,11 +90,6 @@ impl Weed {
         self.python(count).parse().unwrap()
     }
 
-    /// Its process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     /// The lines of a configuration for the store `far` in its bucket, by way
     /// of `address`, and the default; its keys are in a file in `dir`.
     pub fn config(&self, address: SocketAddr, dir: &Path) -> String {

@@ -216,22 +216,34 @@ pub(in crate::ctl) fn host(host: &pb::Host) -> Value {
         ("hostname", text(&host.hostname)),
         ("imaged-version", text(&host.imaged_version)),
         ("kernel-release", text(&host.kernel_release)),
-        (
-            "stores",
-            list(&host.stores, |store| {
-                object([
-                    ("free-bytes", store.free_bytes.into()),
-                    ("is-default", store.is_default.into()),
-                    ("kind", text(&store.kind)),
-                    ("location", text(&store.location)),
-                    ("name", text(&store.name)),
-                    ("problem", text(&store.problem)),
-                    ("total-bytes", store.total_bytes.into()),
-                ])
-            }),
-        ),
+        ("stores", stores(&host.stores)),
         ("work-requests-in-progress", host.work_requests_in_progress.into()),
     ])
+}
+
+/// The stores.
+pub(in crate::ctl) fn stores(stores: &[pb::Store]) -> Value {
+    list(stores, |store| {
+        object([
+            ("free-bytes", store.free_bytes.into()),
+            ("is-default", store.is_default.into()),
+            ("kind", text(&store.kind)),
+            ("location", text(&store.location)),
+            ("name", text(&store.name)),
+            ("problem", text(&store.problem)),
+            ("total-bytes", store.total_bytes.into()),
+        ])
+    })
+}
+
+/// What was tried of a store.
+pub(in crate::ctl) fn steps(steps: &[pb::StoreStep]) -> Value {
+    list(steps, |step| object([("name", text(&step.name)), ("problem", text(&step.problem))]))
+}
+
+/// What was removed from a store.
+pub(in crate::ctl) fn garbage(uploads: u32) -> Value {
+    object([("uploads", uploads.into())])
 }
 
 /// An object with its keys in order, however `serde_json` was built.

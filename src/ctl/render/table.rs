@@ -378,29 +378,37 @@ pub(in crate::ctl) fn host(host: &pb::Host) -> String {
         parts.push(list(&host.features, columns, None));
     }
     if !host.stores.is_empty() {
-        let columns = vec![
-            column("STORE", 0, |store: &pb::Store| {
-                if store.is_default {
-                    format!("{} (default)", store.name)
-                } else {
-                    store.name.clone()
-                }
-            }),
-            column("KIND", 0, |store: &pb::Store| store.kind.clone()),
-            column("FREE", 0, |store: &pb::Store| {
-                store.free_bytes.map_or(UNKNOWN.into(), show_size)
-            }),
-            column("TOTAL", 0, |store: &pb::Store| {
-                store.total_bytes.map_or(UNKNOWN.into(), show_size)
-            }),
-            column("LOCATION", 0, |store: &pb::Store| match words::known(&store.problem) {
-                Some(problem) => format!("{}: {}", store.location, words::in_one_line(problem)),
-                None => store.location.clone(),
-            }),
-        ];
-        parts.push(list(&host.stores, columns, None));
+        parts.push(stores(&host.stores, None));
     }
     parts.join("\n\n")
+}
+
+/// The stores.
+pub(in crate::ctl) fn stores(stores: &[pb::Store], width: Option<u16>) -> String {
+    let columns = vec![
+        column("STORE", 0, |store: &pb::Store| {
+            if store.is_default { format!("{} (default)", store.name) } else { store.name.clone() }
+        }),
+        column("KIND", 0, |store: &pb::Store| store.kind.clone()),
+        column("FREE", 0, |store: &pb::Store| store.free_bytes.map_or(UNKNOWN.into(), show_size)),
+        column("TOTAL", 0, |store: &pb::Store| store.total_bytes.map_or(UNKNOWN.into(), show_size)),
+        column("LOCATION", 0, |store: &pb::Store| match words::known(&store.problem) {
+            Some(problem) => format!("{}: {}", store.location, words::in_one_line(problem)),
+            None => store.location.clone(),
+        }),
+    ];
+    list(stores, columns, width)
+}
+
+/// What was tried of a store.
+pub(in crate::ctl) fn steps(steps: &[pb::StoreStep], width: Option<u16>) -> String {
+    let columns = vec![
+        column("STEP", 0, |step: &pb::StoreStep| step.name.clone()),
+        column("WORKS", 0, |step: &pb::StoreStep| {
+            if step.problem.is_empty() { "yes" } else { "NO" }.to_owned()
+        }),
+    ];
+    list(steps, columns, width)
 }
 
 fn or_unknown(text: &str) -> String {

@@ -328,6 +328,9 @@ fn the_remaining_verbs_answer() {
         ("work-request get --work-request-id x", "45%"),
         ("work-request cancel --work-request-id x", "CANCELING"),
         ("host get", "io_uring"),
+        ("store list", "local (default)"),
+        ("store check local", "yes"),
+        ("store gc local", "1 dead upload"),
     ] {
         let ran = run(&twin.socket(), line);
         assert_eq!((ran.exit, ran.err.as_str()), (Exit::Success, ""), "{line}");
@@ -336,6 +339,21 @@ fn the_remaining_verbs_answer() {
         let answer: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
         assert!(answer["data"].is_object() || answer["data"].is_array(), "{line}");
     }
+}
+
+#[test]
+fn a_store_that_fails_a_check_says_what_lacks() {
+    let ran = run(&twin().socket(), "store check bad");
+    assert_eq!(ran.exit, Exit::Failed);
+    insta::assert_snapshot!(format!("{}{}", ran.out, ran.err), @r#"
+    STEP  WORKS
+    read  yes
+    list  NO
+    imagectl: the store "bad" cannot be used
+      0: it cannot list
+      1: 403 AccessDenied
+      help: give it rights
+    "#);
 }
 
 #[test]
@@ -476,6 +494,10 @@ fn man_pages_and_completions_come_from_the_same_definitions() {
     imagectl-instance-list.1
     imagectl-instance.1
     imagectl-man.1
+    imagectl-store-check.1
+    imagectl-store-gc.1
+    imagectl-store-list.1
+    imagectl-store.1
     imagectl-work-request-cancel.1
     imagectl-work-request-get.1
     imagectl-work-request-list.1

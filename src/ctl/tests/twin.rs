@@ -26,7 +26,7 @@ use tonic::{
 use super::samples;
 use crate::pb::{
     self, host_service_server::*, image_service_server::*, instance_service_server::*,
-    work_request_service_server::*,
+    store_service_server::*, work_request_service_server::*,
 };
 
 type Answer<T> = Result<Response<T>, Status>;
@@ -101,7 +101,8 @@ fn serve(listener: std::os::unix::net::UnixListener, script: Arc<Script>) {
             .add_service(ImageServiceServer::new(service.clone()))
             .add_service(InstanceServiceServer::new(service.clone()))
             .add_service(WorkRequestServiceServer::new(service.clone()))
-            .add_service(HostServiceServer::new(service))
+            .add_service(HostServiceServer::new(service.clone()))
+            .add_service(StoreServiceServer::new(service))
             .serve_with_incoming(incoming)
             .await
             .unwrap();
@@ -256,6 +257,41 @@ impl WorkRequestService for Service {
 impl HostService for Service {
     async fn get_host(&self, _: Request<pb::GetHostRequest>) -> Answer<pb::Host> {
         Ok(Response::new(samples::host()))
+    }
+}
+
+#[tonic::async_trait]
+impl StoreService for Service {
+    async fn list_stores(
+        &self,
+        _: Request<pb::ListStoresRequest>,
+    ) -> Answer<pb::ListStoresResponse> {
+        Ok(Response::new(pb::ListStoresResponse { items: samples::host().stores }))
+    }
+
+    async fn check_store(
+        &self,
+        request: Request<pb::CheckStoreRequest>,
+    ) -> Answer<pb::CheckStoreResponse> {
+        let step = |name: &str, problem: &str| pb::StoreStep {
+            name: name.into(),
+            problem: problem.into(),
+        };
+        let mut steps = vec![step("read", "")];
+        if request.into_inner().name == "bad" {
+            steps.push(step(
+                "list",
+                "it cannot list\n  0: 403 AccessDenied\n  help: give it rights",
+            ));
+        }
+        Ok(Response::new(pb::CheckStoreResponse { steps }))
+    }
+
+    async fn collect_garbage(
+        &self,
+        _: Request<pb::CollectGarbageRequest>,
+    ) -> Answer<pb::CollectGarbageResponse> {
+        Ok(Response::new(pb::CollectGarbageResponse { uploads: 1 }))
     }
 }
 

@@ -196,6 +196,7 @@ async fn list(mut session: Session<'_, '_>, args: ImageList) -> Result<(), Failu
         display_name: args.display_name.unwrap_or_default(),
         operating_system: args.operating_system.unwrap_or_default(),
         operating_system_version: args.operating_system_version.unwrap_or_default(),
+        store: args.store.unwrap_or_default(),
         lifecycle_state: args
             .lifecycle_state
             .map_or_else(Default::default, |state| pb::image::LifecycleState::from(state).into()),

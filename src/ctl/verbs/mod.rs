@@ -3,6 +3,7 @@
 mod host;
 mod image;
 mod instance;
+mod store;
 mod work_request;
 
 use std::{future::Future, time::SystemTime};
@@ -97,6 +98,7 @@ pub(super) async fn run(session: Session<'_, '_>, noun: Noun) -> Result<(), Fail
         Noun::Image(verb) => image::run(session, verb).await,
         Noun::WorkRequest(verb) => work_request::run(session, verb).await,
         Noun::Host(verb) => host::run(session, verb).await,
+        Noun::Store(verb) => store::run(session, verb).await,
         // Done before there is a session.
         Noun::Completions { .. } | Noun::Man { .. } => Ok(()),
     }

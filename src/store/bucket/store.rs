@@ -111,8 +111,11 @@ impl Store {
         let Some(bytes) = self.brief.get(key, MAX_SMALL).await? else { return Ok(false) };
         let known = form::parse::<Marker>(&format!("{}/{key}", self.brief.location()), &bytes);
         known.map(|_| true).map_err(|error| {
-            let context = format!("the store {:?} is of another imaged", self.name);
-            Error::new(Reason::StoreRefused, context).because(error)
+            let context = format!("what answers is not the store {:?}", self.name);
+            Error::new(Reason::StoreRefused, context).because(error).advice(
+                "is it the right endpoint and bucket? Where a newer imaged made the store, update \
+                 this one",
+            )
         })
     }
 
