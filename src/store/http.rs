@@ -175,11 +175,14 @@ impl Http {
         let unreachable = || format!("{} does not answer", self.endpoint());
         let url = format!("{}{}", self.endpoint(), request.target);
         let moved = Arc::new(Moved::default());
+        let bodied = matches!(request.method, Method::PUT | Method::POST);
         let mut sent = self.client.request(request.method, url);
         for (name, value) in request.headers {
             sent = sent.header(name, value);
         }
         let sent = match request.payload {
+            // Else nothing would tell that none is to follow.
+            Payload::Nothing if bodied => sent.header("content-length", "0"),
             Payload::Nothing => sent,
             Payload::Bytes(bytes) => sent.body(bytes),
             Payload::Part(part) => {

@@ -8,6 +8,8 @@ mod directory;
 mod form;
 mod http;
 mod lazy;
+mod oci;
+mod par;
 mod s3;
 mod skim;
 
@@ -17,5 +19,7 @@ pub use self::{
     directory::DirectoryStore,
     http::Http,
     lazy::LazyStore,
+    oci::OciBucket,
+    par::{ObjectPar, ParBucket, ParUrl},
     s3::S3Bucket,
 };

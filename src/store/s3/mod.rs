@@ -14,7 +14,9 @@ use sha2::{Digest, Sha256};
 use self::answers::{Document, refusal};
 pub use self::sign::Credentials;
 use super::{
-    bucket::{Bucket, Checksums, Complete, ETag, Facts, Over, Page, Put, StoredAs, UploadId},
+    bucket::{
+        Bucket, Checksums, Complete, ETag, Facts, Over, Page, Put, Removal, StoredAs, UploadId,
+    },
     http::{
         Answer, Http, MAX_ANSWER, Method, Payload, Refusal, Request, StatusCode, Trouble,
         encoded_path,
@@ -222,6 +224,10 @@ impl Bucket for S3Bucket {
 
     fn location(&self) -> String {
         format!("{}/{}", self.http.endpoint(), self.bucket)
+    }
+
+    fn removal(&self) -> Removal {
+        Removal::Possible
     }
 
     fn get<'a>(&'a self, key: &'a str, limit: ByteSize) -> BoxFuture<'a, Result<Option<Bytes>>> {
