@@ -14,7 +14,7 @@ mod s3;
 mod skim;
 
 pub use self::{
-    bucket::{Bucket, BucketStore},
+    bucket::{Bucket, BucketStore, ETag, StoredAs, UploadId},
     credentials::Place,
     directory::DirectoryStore,
     http::Http,

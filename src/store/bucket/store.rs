@@ -229,6 +229,15 @@ impl Store {
         whole.map_ok(|(Skimmed(manifest), record)| (manifest, record)).try_collect().await
     }
 
+    /// Aborts every upload of the image `id`. One whose beginning was answered
+    /// too late has a name that nobody knows.
+    pub async fn abort_uploads(&self, id: &ImageId) -> Result<()> {
+        for (key, upload) in self.brief.uploads(&self.layout.image(id)).await? {
+            self.brief.abort(&key, &upload).await?;
+        }
+        Ok(())
+    }
+
     /// Removes everything of the image `id`: the manifest first, and last
     /// what says that the rest may be removed.
     pub async fn clear(&self, id: &ImageId) -> Result<Delete> {

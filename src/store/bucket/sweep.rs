@@ -37,12 +37,10 @@ pub async fn sweep(store: &Store) -> Result<usize> {
 /// Removes what the claim on `id` is about, and the claim. Answers whether it
 /// was an upload.
 async fn removed(store: &Store, id: &ImageId, claim: &str) -> Result<bool> {
+    store.abort_uploads(id).await?;
     // With a manifest it is an image, and only the claim is too many.
     let upload = store.brief.head(&store.layout.manifest(id)).await?.is_none();
     if upload {
-        for (key, upload) in store.brief.uploads(&store.layout.image(id)).await? {
-            store.brief.abort(&key, &upload).await?;
-        }
         let _ = store.clear(id).await?;
     }
     let _ = store.brief.delete(claim).await?;

@@ -146,7 +146,11 @@ impl BucketUpload {
             return;
         }
         let claim = store.layout.claim(&store.owner.host_id, &self.id);
-        if let Err(error) = store.brief.delete(&claim).await {
+        let ended = async {
+            store.abort_uploads(&self.id).await?;
+            store.brief.delete(&claim).await
+        };
+        if let Err(error) = ended.await {
             tracing::warn!(id = %self.id, ?error, "the claim of an image stays");
         }
     }

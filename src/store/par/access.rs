@@ -157,7 +157,7 @@ impl Access {
         Error::new(Reason::StoreDenied, context).because(refusal).advice(
             "make a new one for the bucket with --access-type AnyObjectReadWrite and \
              --bucket-listing-action ListObjects, and put its URL into the file that the store's \
-             `credentials` names",
+             `credentials` names; then restart imaged",
         )
     }
 

@@ -52,10 +52,18 @@ impl ParUrl {
         format!("{}{name}", self.base)
     }
 
-    /// `text` without the secret, should who answered have repeated it.
+    /// `text` without the secret, and without that of any other such path,
+    /// should who answered have repeated it.
     pub fn without_token(&self, text: &str) -> String {
         let token = self.base.split('/').nth(2).unwrap_or_default();
-        text.replace(token, "…")
+        let text = text.replace(token, "…");
+        let mut parts = text.split("/p/");
+        let mut told = parts.next().unwrap_or_default().to_owned();
+        for part in parts {
+            let (_, rest) = part.split_once('/').unwrap_or(("", ""));
+            told.push_str(&format!("/p/…/{rest}"));
+        }
+        told
     }
 }
 
@@ -77,7 +85,8 @@ mod tests {
         assert_eq!(url.object, None);
         assert_eq!(url.target("a%20b"), "/p/hush/n/ns/b/images/o/a%20b");
         assert_eq!(format!("{url:?}"), "ParUrl(https://os.example.com/images)");
-        assert_eq!(url.without_token("no /p/hush/n here"), "no /p/…/n here");
+        assert_eq!(url.without_token("no hush, no /p/other/n"), "no …, no /p/…/n");
+        assert_eq!(url.without_token("ends in /p/other"), "ends in /p/…/");
         let object = ParUrl::parse(&format!("{text}vm/disk%201")).unwrap().object;
         assert_eq!(object.as_deref(), Some("vm/disk 1"));
     }
