@@ -50,7 +50,6 @@ pub struct Http {
 }
 
 /// What is to be sent. Headers are as they were signed.
-#[derive(Debug)]
 pub struct Request {
     /// The verb.
     pub method: Method,
@@ -62,6 +61,13 @@ pub struct Request {
     pub payload: Payload,
     /// Most bytes that the answer may have.
     pub limit: ByteSize,
+}
+
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Where a pre-authenticated request leads is a secret.
+        write!(f, "Request({}, {:?})", self.method, self.payload)
+    }
 }
 
 /// The body of a request.

@@ -247,9 +247,9 @@ fn root_oci_each_upload_through_a_bad_network_is_whole_or_absent() {
     let seed = std::env::var("IMAGED_TEST_SEED").map_or_else(|_| fresh(), |s| s.parse().unwrap());
     println!("replay with IMAGED_TEST_SEED={seed}");
     let (mut made, mut failed) = (Vec::new(), Vec::new());
-    for round in 0..uploads() {
-        // From a bad day to one on which nothing works for long.
-        proxy.plan(FaultPlan::random(seed + round, [50, 150, 300, 700][round as usize % 4]));
+    // From a bad day to one on which nothing works for long.
+    for (round, per_mille) in (0..uploads()).zip([50, 150, 300, 700].into_iter().cycle()) {
+        proxy.plan(FaultPlan::random(seed + round, per_mille));
         let volume = volume.to_str().unwrap();
         let create = ["image", "create", "--boot-volume", volume, "--output", "json"];
         let output = daemon.imagectl(&[&create[..], &["--wait-for-state", "AVAILABLE"]].concat());

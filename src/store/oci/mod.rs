@@ -2,6 +2,7 @@
 //! parts, and API keys that every tenancy has.
 
 pub mod answers;
+mod ask;
 pub mod key;
 pub mod sign;
 
@@ -11,14 +12,17 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use bytes::Bytes;
 use tokio::sync::OnceCell;
 
-use self::answers::{ALGORITHM, Begun, CONTENT_SHA256, Listing, MARK};
 pub use self::sign::Credentials;
+use self::{
+    answers::{ALGORITHM, Begun, CONTENT_SHA256, Listing, MARK},
+    ask::{About, Ask},
+};
 use super::{
     bucket::{
         Bucket, Checksums, Complete, ETag, Facts, Over, Page, Put, Removal, StoredAs, UploadId,
         whole,
     },
-    http::{Answer, Http, MAX_ANSWER, Method, Payload, Request, StatusCode, encoded, encoded_path},
+    http::{Answer, Http, Method, Payload, Request, StatusCode},
 };
 use crate::{
     error::{Error, Reason, Result},
@@ -41,66 +45,11 @@ pub struct OciBucket {
     clock: Arc<dyn Clock>,
 }
 
-/// What a request is about.
-#[derive(Clone, Copy)]
-enum About<'a> {
-    Namespace,
-    Objects,
-    Object(&'a str),
-    Uploads,
-    Upload(&'a str),
-}
-
 /// What a refusal may say is not there.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Absent {
     Object,
     Upload,
-}
-
-/// A request, not signed yet.
-struct Ask<'a> {
-    method: Method,
-    about: About<'a>,
-    query: Vec<(&'static str, String)>,
-    headers: Vec<(&'static str, String)>,
-    payload: Payload,
-    limit: ByteSize,
-    /// What is being done, as "the store cannot …".
-    what: &'a str,
-}
-
-impl<'a> Ask<'a> {
-    fn new(method: Method, about: About<'a>, what: &'a str) -> Self {
-        Self {
-            method,
-            about,
-            query: Vec::new(),
-            headers: Vec::new(),
-            payload: Payload::Nothing,
-            limit: MAX_ANSWER,
-            what,
-        }
-    }
-
-    fn query(mut self, name: &'static str, value: impl Into<String>) -> Self {
-        self.query.push((name, value.into()));
-        self
-    }
-
-    fn upload(self, upload: &UploadId) -> Self {
-        self.query("uploadId", &upload.name)
-    }
-
-    fn header(mut self, name: &'static str, value: impl Into<String>) -> Self {
-        self.headers.push((name, value.into()));
-        self
-    }
-
-    fn body(mut self, bytes: Bytes) -> Self {
-        self.payload = Payload::Bytes(bytes);
-        self
-    }
 }
 
 impl OciBucket {
@@ -132,19 +81,7 @@ impl OciBucket {
 
     /// The answer to a signed request, whatever it is.
     async fn ask(&self, ask: Ask<'_>) -> Result<Answer> {
-        let namespace = encoded(self.namespace().await?).to_string();
-        let base = format!("/n/{namespace}/b/{}", encoded(&self.bucket));
-        let mut target = match ask.about {
-            About::Namespace => "/n".into(),
-            About::Objects => format!("{base}/o"),
-            About::Object(key) => format!("{base}/o/{}", encoded_path(key)),
-            About::Uploads => format!("{base}/u"),
-            About::Upload(key) => format!("{base}/u/{}", encoded_path(key)),
-        };
-        for (index, (name, value)) in ask.query.iter().enumerate() {
-            let between = if index == 0 { '?' } else { '&' };
-            target.push_str(&format!("{between}{name}={}", encoded(value)));
-        }
+        let target = ask.target(self.namespace().await?, &self.bucket);
         self.send(ask, &target).await
     }
 
