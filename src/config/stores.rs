@@ -35,6 +35,22 @@ pub enum StoreConfig {
         /// What all stores in buckets have.
         remote: Remote,
     },
+    /// A bucket of OCI Object Storage, by its own API.
+    Oci {
+        /// Where it is.
+        endpoint: String,
+        /// The tenancy's; none: the service is asked.
+        namespace: Option<String>,
+        /// Its name.
+        bucket: String,
+        /// What all stores in buckets have.
+        remote: Remote,
+    },
+    /// A bucket of OCI Object Storage, by a pre-authenticated request.
+    Par {
+        /// What all stores in buckets have; what gives access says where.
+        remote: Remote,
+    },
 }
 
 /// What all stores in buckets have.
@@ -68,6 +84,7 @@ struct StoreTable {
     min_free: Option<ByteSize>,
     endpoint: Option<String>,
     region: Option<String>,
+    namespace: Option<String>,
     bucket: Option<String>,
     prefix: Option<String>,
     #[serde(default, deserialize_with = "absolute_if_any")]
@@ -82,6 +99,8 @@ struct StoreTable {
 enum Kind {
     Directory,
     S3,
+    Oci,
+    Par,
 }
 
 impl Kind {
@@ -89,6 +108,8 @@ impl Kind {
         match self {
             Self::Directory => "directory",
             Self::S3 => "s3",
+            Self::Oci => "oci",
+            Self::Par => "par",
         }
     }
 
@@ -99,6 +120,17 @@ impl Kind {
             Self::S3 => {
                 &["endpoint", "region", "bucket", "prefix", "credentials", "profile", "ca_file"]
             }
+            Self::Oci => &[
+                "region",
+                "endpoint",
+                "namespace",
+                "bucket",
+                "prefix",
+                "credentials",
+                "profile",
+                "ca_file",
+            ],
+            Self::Par => &["credentials", "prefix", "ca_file"],
         }
     }
 }
@@ -112,6 +144,7 @@ impl StoreTable {
             min_free,
             endpoint,
             region,
+            namespace,
             bucket,
             prefix,
             credentials,
@@ -123,6 +156,7 @@ impl StoreTable {
             ("min_free", min_free.is_some()),
             ("endpoint", endpoint.is_some()),
             ("region", region.is_some()),
+            ("namespace", namespace.is_some()),
             ("bucket", bucket.is_some()),
             ("prefix", prefix.is_some()),
             ("credentials", credentials.is_some()),
@@ -131,6 +165,15 @@ impl StoreTable {
         ]
         .into_iter()
         .filter_map(|(name, set)| set.then_some(name))
+    }
+}
+
+/// Where the Object Storage of `region` is.
+fn oci_endpoint(region: &str) -> Result<String, String> {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    match region.chars().all(plain) && !region.is_empty() {
+        true => Ok(format!("https://objectstorage.{region}.oraclecloud.com")),
+        false => Err(format!("{region:?} is no region, such as \"eu-frankfurt-1\"")),
     }
 }
 
@@ -161,6 +204,20 @@ impl TryFrom<StoreTable> for StoreConfig {
                 bucket: table.bucket.ok_or_else(|| missing("bucket"))?,
                 remote,
             },
+            Kind::Oci => Self::Oci {
+                endpoint: match (table.endpoint, table.region) {
+                    (None, Some(region)) => oci_endpoint(&region)?,
+                    (Some(endpoint), None) => endpoint,
+                    (Some(_), Some(_)) => {
+                        return Err("either `region` or `endpoint` says where it is".into());
+                    }
+                    (None, None) => return Err(missing("region")),
+                },
+                namespace: table.namespace,
+                bucket: table.bucket.ok_or_else(|| missing("bucket"))?,
+                remote,
+            },
+            Kind::Par => Self::Par { remote },
         })
     }
 }

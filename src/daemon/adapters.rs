@@ -10,7 +10,7 @@ use crate::{
     hypervisor::QemuHost,
     model::{host::Feature, instance::Instance},
     port::{BoxFuture, Clock, ObjectStore},
-    store::{Bucket, BucketStore, Http, LazyStore, Place, S3Bucket},
+    store::{Bucket, BucketStore, Http, LazyStore, OciBucket, ParBucket, Place, S3Bucket},
     worker::{Attempt, Workers},
 };
 
@@ -84,6 +84,32 @@ impl Owner {
                     Ok(Arc::new(bucket) as Arc<dyn Bucket>)
                 };
                 ("s3", location, remote, Box::new(make))
+            }
+            StoreConfig::Oci { endpoint, namespace, bucket, remote } => {
+                let (location, clock) = (format!("{endpoint}/{bucket}"), Arc::clone(clock));
+                let ca_file = remote.ca_file.clone();
+                let make = move |place: &Place| {
+                    let http = Http::new(&endpoint, ca_file.as_deref())?;
+                    let (namespace, bucket) = (namespace.clone(), bucket.clone());
+                    let credentials = place.oci()?;
+                    let bucket =
+                        OciBucket::new(http, namespace, bucket, credentials, clock.clone());
+                    Ok(Arc::new(bucket) as Arc<dyn Bucket>)
+                };
+                ("oci", location, remote, Box::new(make))
+            }
+            StoreConfig::Par { remote } => {
+                // Where it leads is in the secret.
+                let location = match &remote.credentials {
+                    Some(file) => format!("the pre-authenticated request in {}", file.display()),
+                    None => format!("the pre-authenticated request in the credential store.{name}"),
+                };
+                let ca_file = remote.ca_file.clone();
+                let make = move |place: &Place| {
+                    let bucket = ParBucket::new(place.par()?, ca_file.as_deref())?;
+                    Ok(Arc::new(bucket) as Arc<dyn Bucket>)
+                };
+                ("par", location, remote, Box::new(make))
             }
         };
         let place =

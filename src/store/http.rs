@@ -50,7 +50,6 @@ pub struct Http {
 }
 
 /// What is to be sent. Headers are as they were signed.
-#[derive(Debug)]
 pub struct Request {
     /// The verb.
     pub method: Method,
@@ -62,6 +61,13 @@ pub struct Request {
     pub payload: Payload,
     /// Most bytes that the answer may have.
     pub limit: ByteSize,
+}
+
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Where a pre-authenticated request leads is a secret.
+        write!(f, "Request({}, {:?})", self.method, self.payload)
+    }
 }
 
 /// The body of a request.
@@ -175,11 +181,14 @@ impl Http {
         let unreachable = || format!("{} does not answer", self.endpoint());
         let url = format!("{}{}", self.endpoint(), request.target);
         let moved = Arc::new(Moved::default());
+        let bodied = matches!(request.method, Method::PUT | Method::POST);
         let mut sent = self.client.request(request.method, url);
         for (name, value) in request.headers {
             sent = sent.header(name, value);
         }
         let sent = match request.payload {
+            // Else nothing would tell that none is to follow.
+            Payload::Nothing if bodied => sent.header("content-length", "0"),
             Payload::Nothing => sent,
             Payload::Bytes(bytes) => sent.body(bytes),
             Payload::Part(part) => {

@@ -8,14 +8,18 @@ mod directory;
 mod form;
 mod http;
 mod lazy;
+mod oci;
+mod par;
 mod s3;
 mod skim;
 
 pub use self::{
-    bucket::{Bucket, BucketStore},
+    bucket::{Bucket, BucketStore, ETag, StoredAs, UploadId},
     credentials::Place,
     directory::DirectoryStore,
     http::Http,
     lazy::LazyStore,
+    oci::OciBucket,
+    par::{ObjectPar, ParBucket, ParUrl},
     s3::S3Bucket,
 };

@@ -9,6 +9,8 @@ mod api;
 mod imports;
 #[path = "../lab/lab.rs"]
 mod lab;
+#[path = "../lab/oci/mod.rs"]
+mod oci_server;
 #[path = "../lab/proxy.rs"]
 mod proxy;
 #[path = "../lab/weed.rs"]
@@ -19,6 +21,10 @@ mod lifecycle;
 mod live;
 mod live_bits;
 mod live_faults;
+mod oci;
+mod oci_errors;
+mod oci_judge;
+mod par;
 mod qemu;
 mod s3;
 mod service;

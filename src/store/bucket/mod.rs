@@ -38,6 +38,9 @@ pub trait Bucket: Send + Sync + fmt::Debug {
     /// Where it is, without any secret.
     fn location(&self) -> String;
 
+    /// Whether objects can be removed.
+    fn removal(&self) -> Removal;
+
     /// A whole small object; `None` where there is none. An object of more
     /// than `limit` is refused.
     fn get<'a>(&'a self, key: &'a str, limit: ByteSize) -> BoxFuture<'a, Result<Option<Bytes>>>;
@@ -119,6 +122,16 @@ pub enum Checksums {
     Sha256,
     /// None that it told of.
     Untold,
+}
+
+/// Whether objects can be removed with the access that there is. Uploads that
+/// are not completed always can.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Removal {
+    /// As far as rights and rules of the bucket go.
+    Possible,
+    /// Never: whoever may remove them must do it.
+    Impossible,
 }
 
 /// A part as the service knows it.

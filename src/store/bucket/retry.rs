@@ -5,7 +5,9 @@ use std::{ops::Range, sync::Arc, time::Duration};
 use bytes::Bytes;
 use tokio::time::{Instant, sleep};
 
-use super::{Bucket, Complete, ETag, Facts, ListedPart, Over, Page, Put, StoredAs, UploadId};
+use super::{
+    Bucket, Complete, ETag, Facts, ListedPart, Over, Page, Put, Removal, StoredAs, UploadId,
+};
 use crate::{
     error::{Error, Reason, Result},
     model::ByteSize,
@@ -89,6 +91,10 @@ impl Bucket for Retry {
 
     fn location(&self) -> String {
         self.bucket.location()
+    }
+
+    fn removal(&self) -> Removal {
+        self.bucket.removal()
     }
 
     fn get<'a>(&'a self, key: &'a str, limit: ByteSize) -> BoxFuture<'a, Result<Option<Bytes>>> {

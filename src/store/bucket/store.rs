@@ -1,7 +1,7 @@
 //! Images in a bucket.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use tokio::runtime::Handle;
 
 use super::{
-    Bucket, Over, Put, Retry,
+    Bucket, Over, Put, Removal, Retry,
     layout::Layout,
     reader::BucketReader,
     retry::{BRIEF, PATIENT},
@@ -57,9 +57,30 @@ pub(super) struct Store {
     pub patient: Retry,
     /// Images that this process uploads now.
     pub living: Mutex<BTreeSet<ImageId>>,
+    /// Whether what is stored can be looked at.
+    pub reading: Reading,
+    /// Images that this process has made, without their parts, where nobody
+    /// can read them: who made one is to see that.
+    made: Mutex<BTreeMap<ImageId, (Manifest, Record)>>,
+}
+
+/// Whether objects can be read with the access that there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reading {
+    /// As far as anybody knows.
+    Allowed,
+    /// It was refused, and writing was not.
+    Denied,
 }
 
 impl Store {
+    /// Remembers an image that cannot be read.
+    pub fn made(&self, mut manifest: Manifest, record: Record) {
+        manifest.stored.parts = Vec::new();
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        made.insert(manifest.id.clone(), (manifest, record));
+    }
+
     pub fn living(&self) -> MutexGuard<'_, BTreeSet<ImageId>> {
         self.living.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -83,24 +104,49 @@ impl BucketStore {
         let patient = Retry::new(bucket, PATIENT);
         let layout = Layout::new(prefix);
         let owner = Owner::new(host_id, form::random_id()?);
-        let store = Store { name, layout, owner, brief, patient, living: Mutex::default() };
-        store.adopt().await?;
+        let mut store = Store {
+            name,
+            layout,
+            owner,
+            brief,
+            patient,
+            living: Mutex::default(),
+            reading: Reading::Allowed,
+            made: Mutex::default(),
+        };
+        store.reading = store.adopt().await?;
         Ok(Self { store: Arc::new(store) })
     }
 }
 
 impl Store {
     /// Finds the marker, or makes one.
-    async fn adopt(&self) -> Result<()> {
-        let key = self.layout.marker();
-        if self.marker(&key).await? {
-            return Ok(());
+    async fn adopt(&self) -> Result<Reading> {
+        let denied = match self.marker(&self.layout.marker()).await {
+            Ok(true) => return Ok(Reading::Allowed),
+            Ok(false) => None,
+            // Who may only write can still make sure that it is there.
+            Err(error) if error.reason() == Reason::StoreDenied => Some(error),
+            Err(error) => return Err(error),
+        };
+        match (self.mark().await, denied) {
+            (Ok(()), None) => Ok(Reading::Allowed),
+            (Ok(()), Some(denied)) => {
+                tracing::warn!(store = self.name, "images can be written, not read: {denied}");
+                Ok(Reading::Denied)
+            }
+            (Err(_), Some(denied)) => Err(denied),
+            (Err(error), None) => Err(error),
         }
+    }
+
+    /// Makes the marker, if there is none.
+    async fn mark(&self) -> Result<()> {
         let marker = serde_json::to_vec_pretty(&Marker::new(form::random_id()?));
         let marker = marker.map_err(|cause| {
             Error::new(Reason::Internal, "cannot write the store's marker").because(cause)
         })?;
-        match self.brief.put(&key, marker.into(), Over::Nothing).await? {
+        match self.brief.put(&self.layout.marker(), marker.into(), Over::Nothing).await? {
             // Another host was quicker.
             Put::Stored | Put::Exists => Ok(()),
         }
@@ -187,6 +233,23 @@ impl Store {
         whole.map_ok(|(Skimmed(manifest), record)| (manifest, record)).try_collect().await
     }
 
+    /// Aborts every upload of the image `id`. One whose beginning was answered
+    /// too late has a name that nobody knows.
+    pub async fn abort_uploads(&self, id: &ImageId) -> Result<()> {
+        let uploads = match self.brief.uploads(&self.layout.image(id)).await {
+            // Listing them is a right of its own, which making images is not.
+            Err(error) if matches!(error.reason(), Reason::StoreDenied | Reason::StoreRefused) => {
+                tracing::warn!(store = self.name, %id, ?error, "uploads may be left");
+                return Ok(());
+            }
+            uploads => uploads?,
+        };
+        for (key, upload) in uploads {
+            self.brief.abort(&key, &upload).await?;
+        }
+        Ok(())
+    }
+
     /// Removes everything of the image `id`: the manifest first, and last
     /// what says that the rest may be removed.
     pub async fn clear(&self, id: &ImageId) -> Result<Delete> {
@@ -215,6 +278,9 @@ impl ObjectStore for BucketStore {
     fn space(&self) -> BoxFuture<'_, Result<Option<Space>>> {
         Box::pin(async {
             let store = &self.store;
+            if store.reading == Reading::Denied {
+                return store.mark().await.map(|()| None);
+            }
             match store.marker(&store.layout.marker()).await? {
                 true => Ok(None),
                 false => {
@@ -255,7 +321,15 @@ impl ObjectStore for BucketStore {
     }
 
     fn get<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Option<(Manifest, Record)>>> {
-        Box::pin(self.store.load(id))
+        Box::pin(async {
+            match self.store.load(id).await {
+                Err(error) if self.store.reading == Reading::Denied => {
+                    let made = self.store.made.lock().unwrap_or_else(PoisonError::into_inner);
+                    made.get(id).cloned().map(Some).ok_or(error)
+                }
+                loaded => loaded,
+            }
+        })
     }
 
     fn open<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Box<dyn ObjectReader>>> {
@@ -288,6 +362,10 @@ impl ObjectStore for BucketStore {
     fn delete<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Delete>> {
         Box::pin(async move {
             let store = &self.store;
+            if store.brief.removal() == Removal::Impossible {
+                // It says so. Nothing may say before that the image is gone.
+                return store.brief.delete(&store.layout.manifest(id)).await;
+            }
             let Some(manifest) = store.brief.get(&store.layout.manifest(id), MAX_MANIFEST).await?
             else {
                 return Ok(Delete::AlreadyDeleted);

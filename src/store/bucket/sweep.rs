@@ -2,17 +2,21 @@
 
 use std::collections::BTreeSet;
 
-use super::{Bucket, store::Store};
+use super::{Bucket, Removal, store::Store};
 use crate::{
-    error::Result,
+    error::{Error, Reason, Result},
     model::ImageId,
     store::form::{MANIFEST, TOMBSTONE},
 };
 
-/// Removes what this daemon's dead uploads left, but for those of `keep`, and finishes deletions that
-/// any host began. Other hosts' uploads are left alone, whatever their age.
+/// Removes what this daemon's dead uploads left, but for those of `keep`, and
+/// finishes deletions that any host began. Other hosts' uploads are left alone, whatever their age.
+/// What the bucket refuses to remove stays, and keeps nobody from using it.
 /// Answers how many uploads there were.
 pub async fn sweep(store: &Store, keep: &[ImageId]) -> Result<usize> {
+    if store.brief.removal() == Removal::Impossible {
+        return Ok(0);
+    }
     let claims = store.layout.claims(&store.owner.host_id);
     let mut swept = 0;
     for claim in store.keys(&claims).await? {
@@ -21,18 +25,37 @@ pub async fn sweep(store: &Store, keep: &[ImageId]) -> Result<usize> {
         if keep.contains(&id) || store.living().contains(&id) {
             continue;
         }
-        // With a manifest it is an image, and only the claim is too many.
-        if store.brief.head(&store.layout.manifest(&id)).await?.is_none() {
-            for (key, upload) in store.brief.uploads(&store.layout.image(&id)).await? {
-                store.brief.abort(&key, &upload).await?;
-            }
-            let _ = store.clear(&id).await?;
-            swept += 1;
+        match removed(store, &id, &claim).await {
+            Ok(upload) => swept += usize::from(upload),
+            Err(error) => refused(store, &id, error)?,
         }
-        let _ = store.brief.delete(&claim).await?;
     }
     finish_deletions(store).await?;
     Ok(swept)
+}
+
+/// Removes what the claim on `id` is about, and the claim. Answers whether it
+/// was an upload.
+async fn removed(store: &Store, id: &ImageId, claim: &str) -> Result<bool> {
+    store.abort_uploads(id).await?;
+    // With a manifest it is an image, and only the claim is too many.
+    let upload = store.brief.head(&store.layout.manifest(id)).await?.is_none();
+    if upload {
+        let _ = store.clear(id).await?;
+    }
+    let _ = store.brief.delete(claim).await?;
+    Ok(upload)
+}
+
+/// Says what stays, unless the bucket did not answer at all.
+fn refused(store: &Store, id: &ImageId, error: Error) -> Result<()> {
+    match error.reason() {
+        Reason::StoreRefused | Reason::StoreDenied => {
+            tracing::warn!(store = store.name, %id, ?error, "what is left of it stays");
+            Ok(())
+        }
+        _ => Err(error),
+    }
 }
 
 async fn finish_deletions(store: &Store) -> Result<()> {
@@ -43,7 +66,9 @@ async fn finish_deletions(store: &Store) -> Result<()> {
     };
     for id in named(TOMBSTONE).difference(&named(MANIFEST)) {
         tracing::info!(%id, store = store.name, "finishing a deletion");
-        let _ = store.clear(id).await?;
+        if let Err(error) = store.clear(id).await {
+            refused(store, id, error)?;
+        }
     }
     Ok(())
 }

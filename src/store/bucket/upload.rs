@@ -4,19 +4,24 @@
 //! claim ─► begin ─► parts, in any order ─► complete ─► documents ─► manifest ─► no claim
 //! ```
 //! The claim is there before anything else, so that a sweep finds whatever a
-//! dead daemon began.
+//! dead daemon began. Where nothing can be removed there is none: it would
+//! stay for ever, and no sweep could do anything about what it finds.
 
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use bytes::Bytes;
 use md5::{Digest, Md5};
 
 use super::{
-    Bucket, Complete, ETag, Facts, ListedPart, Over, Put, StoredAs, UploadId, store::Store,
+    Bucket, Complete, ETag, Facts, ListedPart, Over, Put, Removal, StoredAs, UploadId,
+    store::{Reading, Store},
 };
 use crate::{
     error::{Context, Error, Reason, Result},
@@ -39,6 +44,8 @@ pub struct BucketUpload {
     /// What the service had when it was gone on with. The journal may lack the
     /// last of them.
     listed: Vec<ListedPart>,
+    /// Whether anything may be there that aborting does not remove.
+    sealing: AtomicBool,
 }
 
 impl BucketUpload {
@@ -49,16 +56,23 @@ impl BucketUpload {
         let begun = async {
             let claim = store.layout.claim(&store.owner.host_id, &id);
             let owner = form::json(&id, &store.owner)?;
-            let _ = store.brief.put(&claim, owner.into(), Over::Anything).await?;
+            if store.brief.removal() == Removal::Possible {
+                let _ = store.brief.put(&claim, owner.into(), Over::Anything).await?;
+            }
             let key = store.layout.file(&id, OBJECT);
             let upload = store.brief.begin(&key, &store.owner.host_id).await?;
             Ok((key, upload))
         };
         match begun.await {
-            Ok((key, upload)) => {
-                let (parts, listed) = (Mutex::default(), Vec::new());
-                Ok(Self { store, id, key, upload, parts, listed })
-            }
+            Ok((key, upload)) => Ok(Self {
+                store,
+                id,
+                key,
+                upload,
+                parts: Mutex::default(),
+                listed: Vec::new(),
+                sealing: AtomicBool::new(false),
+            }),
             Err(error) => {
                 store.living().remove(&id);
                 Err(error)
@@ -94,7 +108,8 @@ impl BucketUpload {
         let listed = store.brief.parts(&key, &upload).await?;
         tracing::info!(%id, parts = known.len(), last, "going on with an upload");
         store.living().insert(id.clone());
-        Ok(Self { store, id, key, upload, parts: Mutex::new(known), listed })
+        let (parts, sealing) = (Mutex::new(known), AtomicBool::new(false));
+        Ok(Self { store, id, key, upload, parts, listed, sealing })
     }
 
     /// What the service calls `part`, if it has it.
@@ -117,14 +132,18 @@ impl BucketUpload {
         alike.find(|listed| listed.md5.as_ref() == Some(&md5)).map(|listed| listed.etag.clone())
     }
 
-    /// What is known of the completed object, if it came of this upload: a
+    /// Whether the completed object is there and came of this upload: a
     /// completion whose answer was lost is done.
-    async fn completed(&self, size: ByteSize) -> Result<Facts> {
+    async fn completed(&self, outcome: Complete, size: ByteSize) -> Result<()> {
+        // Who may not look has the service's word alone.
+        if self.store.reading == Reading::Denied && outcome == Complete::Done {
+            return Ok(());
+        }
         let facts = self.store.patient.head(&self.key).await?;
         let ours = |facts: &Facts| {
             facts.size == size && (facts.mark.is_empty() || facts.mark == self.store.owner.host_id)
         };
-        facts.filter(ours).ok_or_else(|| {
+        facts.filter(ours).map(drop).ok_or_else(|| {
             let location = self.store.patient.location();
             let context = format!("{location} has lost the upload of image {}", self.id);
             Error::new(Reason::StoreRefused, context).advice(
@@ -157,6 +176,8 @@ impl BucketUpload {
         let (store, key) = (&self.store, self.store.layout.manifest(&self.id));
         match store.patient.put(&key, manifest.clone(), Over::Nothing).await? {
             Put::Stored => Ok(()),
+            // Nobody else makes an image of this name: an earlier try did.
+            Put::Exists if store.reading == Reading::Denied => Ok(()),
             Put::Exists => match store.patient.get(&key, MAX_MANIFEST).await? {
                 Some(there) if there == manifest => Ok(()),
                 _ => {
@@ -167,11 +188,34 @@ impl BucketUpload {
         }
     }
 
+    /// Aborts the upload where nothing can be removed, and says what stays.
+    async fn leave(&self) {
+        let (store, id) = (&self.store, &self.id);
+        let name = &store.name;
+        if let Err(error) = store.brief.abort(&self.key, &self.upload).await {
+            tracing::warn!(store = name, %id, ?error, "the upload stays until a lifecycle rule of the bucket, or somebody, aborts it");
+        }
+        if self.sealing.load(Ordering::Relaxed) {
+            let stays = store.layout.image(id);
+            tracing::warn!(
+                store = name,
+                "what was stored under {stays} may stay: this store can remove nothing"
+            );
+        }
+    }
+
     /// Ends the claim; one that stays is swept.
     async fn unclaim(&self) {
         let store = &self.store;
+        if store.brief.removal() == Removal::Impossible {
+            return;
+        }
         let claim = store.layout.claim(&store.owner.host_id, &self.id);
-        if let Err(error) = store.brief.delete(&claim).await {
+        let ended = async {
+            store.abort_uploads(&self.id).await?;
+            store.brief.delete(&claim).await
+        };
+        if let Err(error) = ended.await {
             tracing::warn!(id = %self.id, ?error, "the claim of an image stays");
         }
     }
@@ -207,10 +251,9 @@ impl Upload for BucketUpload {
             let manifest = form::manifest(&self.id, &sealed.manifest)?;
             let (store, id) = (&self.store, &self.id);
 
-            match store.patient.complete(&self.key, &self.upload, &parts).await? {
-                Complete::Done | Complete::NoUpload => {}
-            }
-            self.completed(sealed.manifest.stored.object_size).await?;
+            self.sealing.store(true, Ordering::Relaxed);
+            let outcome = store.patient.complete(&self.key, &self.upload, &parts).await?;
+            self.completed(outcome, sealed.manifest.stored.object_size).await?;
             let digests = Bytes::copy_from_slice(&sealed.extent_digests);
             let trace = sealed.trace.as_deref().map(|trace| (TRACE, Bytes::copy_from_slice(trace)));
             let documents = [(EXTENTS, digests), (RECORD, record.into())];
@@ -219,6 +262,9 @@ impl Upload for BucketUpload {
                 let _ = store.patient.put(&key, bytes, Over::Anything).await?;
             }
             self.reveal(manifest.into()).await?;
+            if store.reading == Reading::Denied {
+                store.made(sealed.manifest.clone(), sealed.record.clone());
+            }
             self.unclaim().await;
             Ok(())
         })
@@ -227,6 +273,10 @@ impl Upload for BucketUpload {
     fn abort(&self) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
             let store = &self.store;
+            if store.brief.removal() == Removal::Impossible {
+                self.leave().await;
+                return Ok(());
+            }
             store.brief.abort(&self.key, &self.upload).await?;
             let _ = store.clear(&self.id).await?;
             self.unclaim().await;

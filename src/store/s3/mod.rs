@@ -15,7 +15,8 @@ use self::answers::{Document, refusal};
 pub use self::sign::Credentials;
 use super::{
     bucket::{
-        Bucket, Checksums, Complete, ETag, Facts, ListedPart, Over, Page, Put, StoredAs, UploadId,
+        Bucket, Checksums, Complete, ETag, Facts, ListedPart, Over, Page, Put, Removal, StoredAs,
+        UploadId,
     },
     http::{
         Answer, Http, MAX_ANSWER, Method, Payload, Refusal, Request, StatusCode, Trouble,
@@ -224,6 +225,10 @@ impl Bucket for S3Bucket {
 
     fn location(&self) -> String {
         format!("{}/{}", self.http.endpoint(), self.bucket)
+    }
+
+    fn removal(&self) -> Removal {
+        Removal::Possible
     }
 
     fn get<'a>(&'a self, key: &'a str, limit: ByteSize) -> BoxFuture<'a, Result<Option<Bytes>>> {
