@@ -227,7 +227,7 @@ fn root_oci_what_a_dead_daemon_began_is_swept() {
     });
 }
 
-/// Uploads under faults: 200 is what `make soak` does.
+/// Uploads under faults.
 fn uploads() -> u64 {
     std::env::var("IMAGED_TEST_UPLOADS").map_or(20, |count| count.parse().unwrap())
 }

@@ -27,7 +27,7 @@ use crate::{
     port::{BoxFuture, Delete, Part},
 };
 
-/// A bucket of some object service. Adapters ask once; [`Retry`] asks again.
+/// A bucket of some object service. Adapters ask once; `Retry` asks again.
 ///
 /// Errors, of every call: `STORE_UNAVAILABLE` when asking again may help,
 /// `STORE_DENIED`, `STORE_REFUSED`, `STORE_FULL`. A call whose future is
