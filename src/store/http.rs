@@ -6,6 +6,7 @@
 //! it ([`Trouble`]); who knows the store's own words maps them to one.
 
 use std::{
+    error::Error as _,
     fmt,
     path::Path,
     pin::Pin,
@@ -176,9 +177,9 @@ impl Http {
     ///
     /// # Errors
     ///
-    /// `STORE_UNAVAILABLE`: there is none, or it did not come whole.
+    /// `STORE_UNAVAILABLE`: there is none, or it did not come whole;
+    /// `STORE_REFUSED`: who answers is not trusted.
     pub async fn send(&self, request: Request) -> Result<Answer> {
-        let unreachable = || format!("{} does not answer", self.endpoint());
         let url = format!("{}{}", self.endpoint(), request.target);
         let moved = Arc::new(Moved::default());
         let bodied = matches!(request.method, Method::PUT | Method::POST);
@@ -217,7 +218,7 @@ impl Http {
             Ok::<_, reqwest::Error>(Ok(answer))
         };
         tokio::select! {
-            answer = answer => answer.context(Reason::StoreUnavailable, unreachable)?,
+            answer = answer => answer.map_err(|cause| self.unreachable(cause))?,
             () = moved.silence(self.silence) => {
                 let context = format!(
                     "{} did not answer within {} s", self.endpoint(), self.silence.as_secs()
@@ -225,6 +226,20 @@ impl Http {
                 Err(Error::new(Reason::StoreUnavailable, context))
             }
         }
+    }
+
+    fn unreachable(&self, cause: reqwest::Error) -> Error {
+        let mut causes = std::iter::successors(cause.source(), |&cause| cause.source());
+        // rustls's own error lies behind types that nobody names.
+        if causes.any(|cause| cause.to_string().contains("invalid peer certificate")) {
+            let context = format!("the certificate of {} is not trusted", self.endpoint());
+            return Error::new(Reason::StoreRefused, context).because(cause).advice(
+                "name the authority that it is of with `ca_file` in the store's table, or look \
+                 who answers there",
+            );
+        }
+        let context = format!("{} does not answer", self.endpoint());
+        Error::new(Reason::StoreUnavailable, context).because(cause)
     }
 
     fn endless(&self, limit: ByteSize) -> Error {

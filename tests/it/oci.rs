@@ -168,6 +168,7 @@ fn root_oci_an_image_goes_there_over_tls_by_an_authority_that_is_named() {
     let daemon = oci.daemon_with(&(oci.table("far", &endpoint, &trusted) + &untrusted));
     let problems = crate::oci_errors::problems(&daemon);
     assert!(problems.contains("invalid peer certificate: UnknownIssuer"), "{problems}");
+    assert!(problems.contains("`ca_file`"), "{problems}");
     goes_there_and_comes_back(&oci, &daemon);
 }
 
@@ -220,11 +221,49 @@ fn root_oci_what_a_dead_daemon_began_is_swept() {
     daemon.kill();
     oci.server.clear_faults();
     assert_eq!(oci.keys().len(), 2, "{:?}", oci.keys());
+    // Without its journal nobody can go on with it.
+    std::fs::remove_file(dir.path().join("state/journal.redb")).unwrap();
     let _daemon = Daemon::start_in(dir.path(), &oci.config(&tables));
     crate::lab::wait_for("the sweep", Duration::from_secs(30), || {
         let swept = oci.server.uploads(BUCKET).is_empty() && oci.keys() == ["imaged-store.json"];
         swept.then_some(())
     });
+}
+
+#[test]
+#[ignore = "needs root and QEMU's tools"]
+fn root_oci_a_killed_daemon_goes_on_and_sends_no_part_twice() {
+    let oci = Oci::start();
+    let delay = FaultKind::Delay(Duration::from_secs(60));
+    oci.server.add_fault(Fault::new("PUT", "", delay).part(3));
+    let tables = oci.table("far", &oci.server.endpoint(), "");
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start_in(dir.path(), &oci.config(&tables));
+    let volume = oci.volume(80);
+    let started = daemon.json(&["image", "create", "--boot-volume", volume.to_str().unwrap()]);
+    let request = started["opc-work-request-id"].as_str().unwrap();
+    crate::lab::wait_for("parts", Duration::from_secs(30), || {
+        let uploads = oci.server.uploads(BUCKET);
+        uploads.first().filter(|upload| upload.parts.len() >= 3).map(|_| ())
+    });
+    daemon.kill();
+    oci.server.clear_faults();
+    let daemon = Daemon::start_in(dir.path(), &oci.config(&tables));
+    let watched = daemon.imagectl(&["work-request", "watch", "--work-request-id", request]);
+    assert!(watched.status.success(), "{}", String::from_utf8_lossy(&watched.stderr));
+    let id = daemon.json(&["image", "list"])["data"][0]["id"].as_str().unwrap().to_owned();
+    oci.judge(&id, &volume);
+    let requests = oci.server.requests();
+    let mut stored: Vec<_> = requests
+        .iter()
+        .filter(|request| request.executed_status == 200)
+        .filter_map(|request| request.part)
+        .collect();
+    stored.sort_unstable();
+    let all = stored.len();
+    stored.dedup();
+    assert_eq!(stored.len(), all, "parts were stored twice: {stored:?}");
+    assert_eq!(oci.keys(), [vec!["imaged-store.json".into()], of(&id)].concat());
 }
 
 /// Uploads under faults.
