@@ -338,6 +338,7 @@ mod tests {
           help: it must be an RSA key in PEM without a pass phrase (`openssl pkey -in /etc/oci.pem -out NEW` decrypts one), and the profile must have no pass_phrase
         the credentials /nowhere/key.pem cannot be read
           0: No such file or directory (os error 2)
+          help: make the file, or correct `credentials` in the store's table
         section [DEFAULT] of /etc/keys has no key_file
         ");
     }

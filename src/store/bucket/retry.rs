@@ -44,24 +44,32 @@ impl Retry {
     }
 
     async fn again<'a, T>(&'a self, call: impl Fn() -> BoxFuture<'a, Result<T>>) -> Result<T> {
-        let begin = Instant::now();
-        let (mut pause, mut tries) = (FIRST, 1);
-        loop {
-            let error = match call().await {
-                Err(error) if error.reason() == Reason::StoreUnavailable => error,
-                other => return other,
-            };
-            let wait = error.pause().unwrap_or(jittered(pause)).min(self.patience);
-            if begin.elapsed() + wait > self.patience {
-                return Err(given_up(error, begin.elapsed(), tries));
-            }
-            // The first cause: those that follow may only be its consequences.
-            if tries == 1 {
-                tracing::warn!("{error:?}; asking again");
-            }
-            sleep(wait).await;
-            (pause, tries) = (LONGEST.min(pause * 2), tries + 1);
+        again(self.patience, call).await
+    }
+}
+
+/// What `call` gives, asked again for `patience`.
+async fn again<'a, T>(
+    patience: Duration,
+    call: impl Fn() -> BoxFuture<'a, Result<T>>,
+) -> Result<T> {
+    let begin = Instant::now();
+    let (mut pause, mut tries) = (FIRST, 1);
+    loop {
+        let error = match call().await {
+            Err(error) if error.reason() == Reason::StoreUnavailable => error,
+            other => return other,
+        };
+        let wait = error.pause().unwrap_or(jittered(pause)).min(patience);
+        if begin.elapsed() + wait > patience {
+            return Err(given_up(error, begin.elapsed(), tries));
         }
+        // The first cause: those that follow may only be its consequences.
+        if tries == 1 {
+            tracing::warn!("{error:?}; asking again");
+        }
+        sleep(wait).await;
+        (pause, tries) = (LONGEST.min(pause * 2), tries + 1);
     }
 }
 
@@ -162,5 +170,57 @@ impl Bucket for Retry {
 
     fn uploads<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<(String, UploadId)>>> {
         Box::pin(self.again(move || self.bucket.uploads(prefix)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unavailable() -> Error {
+        Error::new(Reason::StoreUnavailable, "connection refused")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_outage_of_ten_minutes_is_waited_for_and_its_end_is_noticed_soon() {
+        let begin = Instant::now();
+        let back = Duration::from_secs(600);
+        let call = || -> BoxFuture<'_, Result<Duration>> {
+            Box::pin(async {
+                match begin.elapsed() < back {
+                    true => Err(unavailable()),
+                    false => Ok(begin.elapsed()),
+                }
+            })
+        };
+        let noticed = again(PATIENT, call).await.unwrap();
+        assert!(noticed < back + LONGEST, "{noticed:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_never_comes_back_is_given_up_with_its_cause() {
+        let begin = Instant::now();
+        let call = || -> BoxFuture<'_, Result<()>> { Box::pin(async { Err(unavailable()) }) };
+        let report = again(BRIEF, call).await.unwrap_err().report();
+        assert!(begin.elapsed() <= BRIEF);
+        assert!(
+            report.contains("0: connection refused\n  help: look whether the service"),
+            "{report}"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_service_that_says_when_is_asked_then_and_one_that_says_no_is_not() {
+        let begin = Instant::now();
+        let call = || -> BoxFuture<'_, Result<()>> {
+            Box::pin(async {
+                match begin.elapsed().as_secs() {
+                    0 => Err(unavailable().retry_after(Duration::from_secs(7))),
+                    _ => Err(Error::new(Reason::StoreDenied, "no")),
+                }
+            })
+        };
+        assert_eq!(again(BRIEF, call).await.unwrap_err().to_string(), "no");
+        assert_eq!(begin.elapsed(), Duration::from_secs(7));
     }
 }
