@@ -110,14 +110,17 @@ fn root_a_damaged_object_is_found_and_named() {
     let id = image["id"].as_str().unwrap();
     let object = daemon.images().join(id).join("image.qcow2");
     let file = fs::OpenOptions::new().write(true).read(true).open(&object).unwrap();
-    let mut byte = [0];
-    file.read_exact_at(&mut byte, 18 * MIB).unwrap();
-    file.write_all_at(&[byte[0] ^ 1], 18 * MIB).unwrap();
+    let manifest = fs::read(object.with_file_name("manifest.json")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    let second = manifest["parts"][0]["size"].as_u64().unwrap();
+    let (at, mut byte) = (second + MIB, [0]);
+    file.read_exact_at(&mut byte, at).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], at).unwrap();
 
     let output = daemon.imagectl(&["image", "verify", "--image-id", id]);
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(6), "{stderr}");
-    assert!(stderr.contains("part 2, at offset 16777216 of the object"), "{stderr}");
+    assert!(stderr.contains(&format!("part 2, at offset {second} of the object")), "{stderr}");
 
     file.set_len(MIB).unwrap();
     let stderr = daemon.refusal(&["image", "verify", "--image-id", id]);
