@@ -179,11 +179,13 @@ impl Tracker {
         if let Err(error) = self.keep_trace().await {
             tracing::error!(work_request = %ended.id, "{error:?}");
         }
-        if let Err(error) = self.journal.forget_parts(&ended.id).await {
-            tracing::error!(work_request = %ended.id, "{error:?}");
-        }
         // Durable before anyone is told.
         if let Err(error) = self.journal.put(&ended).await {
+            tracing::error!(work_request = %ended.id, "{error:?}");
+        }
+        // After the end is durable: without its parts it could not be gone on
+        // with.
+        if let Err(error) = self.journal.forget_parts(&ended.id).await {
             tracing::error!(work_request = %ended.id, "{error:?}");
         }
         self.teller.state.send_replace(ended);
