@@ -299,10 +299,14 @@ fn loop_while_held_the_kernel_refuses_to_mount() {
     let held = device.hold(Engine::Uring).unwrap();
     let refused = mount();
     drop(held);
-    let allowed = mount();
+    // A program that another test just started has it for a moment more.
+    let allowed = (0..20).any(|_| {
+        thread::sleep(Duration::from_millis(50));
+        mount().status.success()
+    });
     let _ = Command::new("umount").arg(&point).status();
     assert!(!refused.status.success(), "it could be mounted");
-    assert!(allowed.status.success(), "{}", String::from_utf8_lossy(&allowed.stderr));
+    assert!(allowed, "{:?}", mount());
 }
 
 #[test]

@@ -29,12 +29,14 @@ use crate::{
     },
 };
 
-/// How often a device is tried again that something claims and nobody shows.
-/// A program that was just started holds what its parent had open for a
-/// moment, and the kernel claims a disk while it looks for partitions.
+/// How often a device is tried again that something claims and nobody shows:
+/// the kernel claims a disk while it looks for partitions.
 const CLAIM_TRIES: u32 = 10;
+/// How often a program is looked for again: one that was just started holds
+/// what its parent had open for a moment, and losetup opens more than it gets.
+const PROGRAM_TRIES: u32 = 2;
 /// Between two tries: half a second in all.
-const CLAIM_PAUSE: Duration = Duration::from_millis(50);
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Opens, locks, searches for holders, flushes and maps; in that order.
 pub(super) fn hold(
@@ -54,7 +56,8 @@ pub(super) fn hold(
         }
         match holder(Openers::Everyone)? {
             // The end of a capture takes a moment, too.
-            None | Some(Holder::Ourselves) if tries < CLAIM_TRIES => thread::sleep(CLAIM_PAUSE),
+            None | Some(Holder::Ourselves) if tries < CLAIM_TRIES => thread::sleep(PAUSE),
+            Some(Holder::Process { .. }) if tries < PROGRAM_TRIES => thread::sleep(PAUSE),
             holder => return Err(held(&path, &holder.unwrap_or(Holder::Claimed))),
         }
         tries += 1;
@@ -69,10 +72,15 @@ pub(super) fn hold(
             .context(Reason::VolumeUnavailable, || format!("cannot lock {}", path.display()))?;
         conflict |= locked == Locked::Conflict;
     }
-    match holder(Openers::Writers)? {
-        Some(holder) => return Err(held(&path, &holder)),
-        None if conflict => return Err(held(&path, &Holder::Locked)),
-        None => {}
+    let mut tries = 0;
+    loop {
+        match holder(Openers::Writers)? {
+            Some(Holder::Process { .. }) if tries < PROGRAM_TRIES => thread::sleep(PAUSE),
+            Some(holder) => return Err(held(&path, &holder)),
+            None if conflict => return Err(held(&path, &Holder::Locked)),
+            None => break,
+        }
+        tries += 1;
     }
     // A loop device's own cache lies above its file's.
     open::flush(&file, &path)?;

@@ -398,6 +398,7 @@ mod tests {
         fs::File,
         os::unix::fs::{MetadataExt, symlink},
         process::{Command, Stdio},
+        time::Duration,
     };
 
     use super::*;
@@ -521,26 +522,31 @@ mod tests {
         let metadata = file.as_file().metadata().unwrap();
         let subject =
             Subject { files: vec![(metadata.dev(), metadata.ino())], ..Subject::default() };
-        let find = |stdin: Stdio, openers| {
+        // Until it is as `expected`, for two seconds: a program that another
+        // test just started has what this one had open for a moment.
+        let find = |stdin: Stdio, openers, expected: &dyn Fn(&str, u32) -> bool| {
             let mut sleep = Command::new("sleep").arg("30").stdin(stdin).spawn().unwrap();
-            let holder = Host::default().opener(&subject, openers);
             let pid = sleep.id();
+            let mut found = String::new();
+            let settled = (0..40).any(|_| {
+                let holder = Host::default().opener(&subject, openers).unwrap();
+                found = holder.map(|holder| holder.to_string()).unwrap_or_default();
+                let settled = expected(&found, pid);
+                std::thread::sleep(Duration::from_millis(if settled { 0 } else { 50 }));
+                settled
+            });
             sleep.kill().unwrap();
             sleep.wait().unwrap();
-            (holder.unwrap(), pid)
+            assert!(settled, "{found:?} with pid {pid}");
         };
         let read = || Stdio::from(File::open(file.path()).unwrap());
         let write = Stdio::from(File::options().append(true).open(file.path()).unwrap());
 
-        assert_eq!(find(read(), Openers::Writers).0, None);
-        let (holder, pid) = find(read(), Openers::Everyone);
-        assert!(holder.unwrap().to_string().ends_with(&format!("(pid {pid})")));
-        let (holder, pid) = find(write, Openers::Writers);
-        let holder = holder.unwrap();
-        assert!(
-            matches!(holder, Holder::Process { pid: found, access: Access::Write, .. } if found == pid)
-        );
-        assert!(holder.to_string().starts_with("open for writing by "));
+        find(read(), Openers::Writers, &|found, _| found.is_empty());
+        find(read(), Openers::Everyone, &|found, pid| found.ends_with(&format!("(pid {pid})")));
+        find(write, Openers::Writers, &|found, pid| {
+            found.starts_with("open for writing by ") && found.ends_with(&format!("(pid {pid})"))
+        });
     }
 
     /// Not a test of its own: what the test below runs without a capability.

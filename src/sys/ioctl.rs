@@ -141,7 +141,10 @@ mod tests {
     fn loop_devices_tell_size_sector_and_backing_file() {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().set_len((1 << 20) + 4096 + 100).unwrap();
-        let made = Command::new("losetup")
+        // One at a time, as all tests: who loses the race for a free device
+        // has the winner's open for a moment.
+        let made = Command::new("flock")
+            .args(["/dev/loop-control", "losetup"])
             .args(["--find", "--show", "--sector-size", "4096", "--offset", "4096"])
             .arg(file.path())
             .output()
