@@ -3,7 +3,8 @@
 use std::{env, error::Error, fs, path::PathBuf};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    const PROTOS: [&str; 6] = ["snapshot", "work_request", "image", "instance", "host", "store"];
+    const PROTOS: [&str; 7] =
+        ["snapshot", "work_request", "image", "instance", "host", "store", "volume"];
     println!("cargo::rerun-if-changed=proto");
 
     let files = PROTOS.map(|name| format!("proto/imaged/v1/{name}.proto"));

@@ -89,6 +89,8 @@ reasons! {
     VolumeUnusable = "VOLUME_UNUSABLE": InvalidRequest,
     /// The volume has no bytes.
     VolumeEmpty = "VOLUME_EMPTY": InvalidRequest,
+    /// The volume is smaller than the image that it is to take.
+    VolumeTooSmall = "VOLUME_TOO_SMALL": InvalidRequest,
     /// The volume is larger than the configuration allows.
     VolumeTooLarge = "VOLUME_TOO_LARGE": InvalidRequest,
     /// No such volume.
@@ -121,6 +123,8 @@ reasons! {
     VolumeUnavailable = "VOLUME_UNAVAILABLE": Device,
     /// A read of the volume failed.
     ReadFailed = "READ_FAILED": Device,
+    /// A write to the volume failed.
+    WriteFailed = "WRITE_FAILED": Device,
     /// The snapshot of a running instance's volume was given up.
     SnapshotBroken = "SNAPSHOT_BROKEN": Device,
     /// The store has no room.

@@ -192,6 +192,18 @@ pub trait Volumes: Send + Sync + fmt::Debug {
     /// `VOLUME_EMPTY`, `VOLUME_HELD` (naming the holder) and
     /// `VOLUME_UNAVAILABLE`.
     fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>>;
+    /// Takes the block device or file at `path`, which nobody else may use, to
+    /// write an image of `size` bytes over it; a file that does not exist is
+    /// made. Changes nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// As [`hold`](Self::hold), but for `VOLUME_EMPTY`; `VOLUME_TOO_SMALL`.
+    fn target<'a>(
+        &'a self,
+        path: &'a Path,
+        size: ByteSize,
+    ) -> BoxFuture<'a, Result<Box<dyn Target>>>;
     /// Opens the snapshot of a volume that its guest goes on writing to. What
     /// is read of it is right only when all of it was read with success.
     ///
@@ -203,6 +215,63 @@ pub trait Volumes: Send + Sync + fmt::Debug {
         source: &'a LiveSource,
         pace: Pace,
     ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>>;
+}
+
+/// A volume that an image may be written over, or the place of a new file.
+/// Nobody else may use it while this value lives; it was not touched yet.
+pub trait Target: Send + fmt::Debug {
+    /// Where it is, with symbolic links resolved.
+    fn path(&self) -> &Path;
+    /// Whether it is a file that is to be made, so that nothing is lost.
+    fn is_new(&self) -> bool;
+    /// Bytes that it has, or will have.
+    fn room(&self) -> ByteSize;
+    /// Begins to write: from here on it is no volume that boots, until
+    /// [`Sink::finish`]. A new file has no name until then.
+    ///
+    /// Blocks, as everything of a [`Sink`].
+    ///
+    /// # Errors
+    ///
+    /// `WRITE_FAILED`.
+    fn begin(self: Box<Self>, stop: &CancellationToken) -> Result<Box<dyn Sink>>;
+}
+
+/// Takes the extents of an image, from many threads and in any order, each
+/// once.
+pub trait Sink: Send + Sync {
+    /// Room for an extent; waits for some.
+    ///
+    /// # Errors
+    ///
+    /// `WRITE_FAILED` of an earlier extent; `CANCELED` when the writing ended
+    /// for a reason that was told already, or after the stop.
+    fn room(&self) -> Result<Box<dyn Room + '_>>;
+    /// `count` extents from `first` on are zeroes.
+    ///
+    /// # Errors
+    ///
+    /// `WRITE_FAILED`.
+    fn zeroes(&self, first: u64, count: u64) -> Result<()>;
+    /// All extents came: makes them durable, and the volume one that boots.
+    /// What lies behind the image is zeroed, and counted by `meter`.
+    ///
+    /// # Errors
+    ///
+    /// `WRITE_FAILED`.
+    fn finish(self: Box<Self>, meter: &Meter) -> Result<()>;
+}
+
+/// Room for an extent. Dropped, it is given back.
+pub trait Room {
+    /// 1 MiB, with anything in it.
+    fn bytes(&mut self) -> &mut [u8];
+    /// Its first `len` bytes are extent `index`: begins to write them.
+    ///
+    /// # Errors
+    ///
+    /// As [`Sink::room`].
+    fn write(self: Box<Self>, index: u64, len: usize) -> Result<()>;
 }
 
 /// A volume that nothing else writes to.
@@ -465,6 +534,28 @@ pub trait Inspector: Send + Sync + fmt::Debug {
         stored: &Stored,
         extent_digests: &[u8],
         threads: NonZeroUsize,
+        meter: &Meter,
+        stop: &CancellationToken,
+    ) -> Result<Option<Fault>>;
+
+    /// Decodes `object` into `sink`, each extent when it has its digest in
+    /// `extent_digests`. `None`: all are there, and the sink is to be
+    /// finished.
+    ///
+    /// Blocks, as [`verify`](Self::verify). `meter` stands at the volume's
+    /// size at the end.
+    ///
+    /// # Errors
+    ///
+    /// As [`verify`](Self::verify), and those of the sink.
+    #[allow(clippy::too_many_arguments, reason = "what is decoded, where to, and how")]
+    fn decode(
+        &self,
+        object: &dyn ReadAt,
+        stored: &Stored,
+        extent_digests: &[u8],
+        threads: NonZeroUsize,
+        sink: &dyn Sink,
         meter: &Meter,
         stop: &CancellationToken,
     ) -> Result<Option<Fault>>;

@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    io,
     os::{fd::AsFd, unix::fs::FileExt},
     path::{Path, PathBuf},
     sync::Arc,
@@ -13,7 +14,7 @@ use super::{
     Held, ReaderSettings,
     holder::{Holder, Host, Openers, Subject},
     map,
-    open::{self, Named, Opened, Sharing},
+    open::{self, Named, Opened, Purpose},
     qemu_lock::{self, Locked},
     reader::Source,
     writes::Writes,
@@ -48,46 +49,68 @@ pub(super) fn hold(
     let named = Named::look_up(asked, allowed)?;
     let (path, identity) = (named.path.clone(), named.identity);
     let subject = subject(host, &named)?;
-    let holder = |openers| user(host, &subject, openers, &path);
-    let mut tries = 0;
-    let Opened { file, size, sector_size } = loop {
-        if let Some(opened) = named.open(Sharing::Nobody)? {
-            break opened;
-        }
-        match holder(Openers::Everyone)? {
-            // The end of a capture takes a moment, too.
-            None | Some(Holder::Ourselves) if tries < CLAIM_TRIES => thread::sleep(PAUSE),
-            Some(Holder::Process { .. }) if tries < PROGRAM_TRIES => thread::sleep(PAUSE),
-            holder => return Err(held(&path, &holder.unwrap_or(Holder::Claimed))),
-        }
-        tries += 1;
-    };
+    let Opened { file, size, sector_size } = claim(host, &named, &subject, Purpose::Read)?;
     let backing = backing_file(host, &file, identity, size);
     let backing_file = backing.as_ref().map(|backing| &backing.file);
-    // First the locks, then the search: who comes between the two is stopped
-    // by the ones or found by the other.
-    let mut conflict = false;
-    for file in [Some(&file), backing_file].into_iter().flatten() {
-        let locked = qemu_lock::lock_against_writers(file)
-            .context(Reason::VolumeUnavailable, || format!("cannot lock {}", path.display()))?;
-        conflict |= locked == Locked::Conflict;
-    }
-    let mut tries = 0;
-    loop {
-        match holder(Openers::Writers)? {
-            Some(Holder::Process { .. }) if tries < PROGRAM_TRIES => thread::sleep(PAUSE),
-            Some(holder) => return Err(held(&path, &holder)),
-            None if conflict => return Err(held(&path, &Holder::Locked)),
-            None => break,
-        }
-        tries += 1;
-    }
+    let lock = qemu_lock::lock_against_writers;
+    let files = [Some(&file), backing_file];
+    keep_out(host, &path, &subject, Openers::Writers, files, lock)?;
     // A loop device's own cache lies above its file's.
     open::flush(&file, &path)?;
     let writes = Writes::until_now(host, identity, &file)
         .context(Reason::VolumeUnavailable, || format!("cannot measure {}", path.display()))?;
     let source = measured(named, Opened { file, size, sector_size }, backing.as_ref())?;
     Ok(Held { source, settings, _backing: backing.map(|backing| backing.file), writes, from: 0 })
+}
+
+/// Opens what nobody else has.
+pub(super) fn claim(
+    host: &Host,
+    named: &Named,
+    subject: &Subject,
+    purpose: Purpose,
+) -> Result<Opened> {
+    let mut tries = 0;
+    loop {
+        if let Some(opened) = named.open(purpose)? {
+            return Ok(opened);
+        }
+        match user(host, subject, Openers::Everyone, &named.path)? {
+            // The end of a capture takes a moment, too.
+            None | Some(Holder::Ourselves) if tries < CLAIM_TRIES => thread::sleep(PAUSE),
+            Some(Holder::Process { .. }) if tries < PROGRAM_TRIES => thread::sleep(PAUSE),
+            holder => return Err(held(&named.path, &holder.unwrap_or(Holder::Claimed))),
+        }
+        tries += 1;
+    }
+}
+
+/// Locks `files`, then looks for `openers`: who comes between the two is
+/// stopped by the one or found by the other.
+pub(super) fn keep_out(
+    host: &Host,
+    path: &Path,
+    subject: &Subject,
+    openers: Openers,
+    files: [Option<&File>; 2],
+    lock: impl Fn(&File) -> io::Result<Locked>,
+) -> Result<()> {
+    let mut conflict = false;
+    for file in files.into_iter().flatten() {
+        let locked = lock(file)
+            .context(Reason::VolumeUnavailable, || format!("cannot lock {}", path.display()))?;
+        conflict |= locked == Locked::Conflict;
+    }
+    let mut tries = 0;
+    loop {
+        match user(host, subject, openers, path)? {
+            Some(Holder::Process { .. }) if tries < PROGRAM_TRIES => thread::sleep(PAUSE),
+            Some(holder) => return Err(held(path, &holder)),
+            None if conflict => return Err(held(path, &Holder::Locked)),
+            None => return Ok(()),
+        }
+        tries += 1;
+    }
 }
 
 /// Opens a volume that its guest writes to, for reads beside it, and maps it.
@@ -108,7 +131,7 @@ pub(super) fn beside(
             return Err(held(&named.path, &other));
         }
     }
-    let Some(opened) = named.open(Sharing::Guest)? else {
+    let Some(opened) = named.open(Purpose::ReadBesideGuest)? else {
         return Err(held(&named.path, &Holder::Claimed));
     };
     let backing = backing_file(host, &opened.file, named.identity, opened.size);
@@ -139,7 +162,7 @@ fn measured(named: Named, opened: Opened, backing: Option<&Backing>) -> Result<S
     Ok(Source { file: Arc::new(file), facts, tail })
 }
 
-fn subject(host: &Host, named: &Named) -> Result<Subject> {
+pub(super) fn subject(host: &Host, named: &Named) -> Result<Subject> {
     host.subject(named.identity).context(Reason::VolumeUnavailable, || unknown(&named.path))
 }
 
@@ -216,15 +239,20 @@ fn held(path: &Path, holder: &Holder) -> Error {
 }
 
 /// The file under a loop device.
-struct Backing {
-    file: File,
+pub(super) struct Backing {
+    pub(super) file: File,
     /// Where in it the device begins.
     start: u64,
 }
 
 /// The regular file that shows which bytes of the loop device `device` are
 /// holes. `None` when there is no such file or any doubt.
-fn backing_file(host: &Host, device: &File, identity: Identity, size: u64) -> Option<Backing> {
+pub(super) fn backing_file(
+    host: &Host,
+    device: &File,
+    identity: Identity,
+    size: u64,
+) -> Option<Backing> {
     let Identity::BlockDevice(number) = identity else { return None };
     // A partition of a loop device answers the ioctl for its disk, but has no
     // such file in sysfs.

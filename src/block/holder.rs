@@ -71,10 +71,10 @@ impl Holder {
             Self::Swap => "run swapoff on it".into(),
             Self::Stacked { device, name } => {
                 let device = name.as_ref().unwrap_or(device);
-                format!("image {device} instead, or deactivate it")
+                format!("name {device} instead, or deactivate it")
             }
             Self::Loop { device } => {
-                format!("image /dev/{device} instead, or run: losetup --detach /dev/{device}")
+                format!("name /dev/{device} instead, or run: losetup --detach /dev/{device}")
             }
             Self::Process { name, pid, .. } => {
                 format!("shut the instance down or end {name} (pid {pid})")
@@ -96,6 +96,15 @@ pub(super) enum Openers {
     WritersBut(u32),
     /// All.
     Everyone,
+    /// All but this one.
+    Others,
+}
+
+impl Openers {
+    /// Whether programs count that cannot write.
+    fn may_only_read(self) -> bool {
+        matches!(self, Self::Everyone | Self::Others)
+    }
 }
 
 /// Everything that is the volume, wholly or in part.
@@ -338,7 +347,7 @@ fn opened_by(process: &Path, subject: &Subject, openers: Openers) -> io::Result<
             read => read?,
         };
         match procfs::access(&info) {
-            Some(access) if access == Access::Write || openers == Openers::Everyone => {
+            Some(access) if access == Access::Write || openers.may_only_read() => {
                 return Ok(Some(access));
             }
             _ => {}
@@ -473,12 +482,12 @@ mod tests {
     fn a_device_of_the_kernel_is_named_with_its_volume() {
         let kernel = Kernel::new();
         kernel.write("sys/devices/sda/sda2/holders/dm-3/x", "");
-        assert_eq!(kernel.holder(0).unwrap(), "held by dm-3; image dm-3 instead, or deactivate it");
+        assert_eq!(kernel.holder(0).unwrap(), "held by dm-3; name dm-3 instead, or deactivate it");
         kernel.write("sys/block/dm-3/dm/name", "vg-root\n");
-        insta::assert_snapshot!(kernel.holder(0).unwrap(), @"held by dm-3 (vg-root); image vg-root instead, or deactivate it");
+        insta::assert_snapshot!(kernel.holder(0).unwrap(), @"held by dm-3 (vg-root); name vg-root instead, or deactivate it");
         assert_eq!(kernel.holder(1), None, "the neighbour of a held partition is free");
         kernel.write("sys/devices/sda/holders/dm-0/x", "");
-        assert_eq!(kernel.holder(1).unwrap(), "held by dm-0; image dm-0 instead, or deactivate it");
+        assert_eq!(kernel.holder(1).unwrap(), "held by dm-0; name dm-0 instead, or deactivate it");
     }
 
     #[test]

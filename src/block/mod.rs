@@ -3,6 +3,7 @@
 //! ```text
 //! path ──open──► checked and open ──hold: holder, qemu_lock──► held ──map──► facts
 //!                                                               └──reader, queue──► pieces
+//! path ──open, hold──► target ──writer, queue──► an image over what was there
 //! ```
 //!
 //! A volume is held in three ways at once, for each stops others: `O_EXCL`
@@ -24,8 +25,10 @@ mod qemu_lock;
 mod queue;
 mod reader;
 pub mod reconcile;
+mod target;
 #[cfg(test)]
 mod tests;
+mod writer;
 mod writes;
 
 use std::{
@@ -45,9 +48,9 @@ use self::{hold::hold, holder::Host, live::Live, reader::Source};
 pub use self::{queue::Engine, reader::ReaderSettings};
 use crate::{
     error::{Error, Reason, Result},
-    model::{live::LiveSource, upload::VolumeMark},
-    port::{BoxFuture, HeldVolume, Pace, Piece, VolumeFacts, Volumes},
-    sys::ring::{Mode, ReadRing},
+    model::{ByteSize, live::LiveSource, upload::VolumeMark},
+    port::{BoxFuture, HeldVolume, Pace, Piece, Target, VolumeFacts, Volumes},
+    sys::ring::{Mode, Ring},
 };
 
 /// How long opening, flushing and mapping a volume may take. A device with
@@ -88,16 +91,16 @@ impl HostVolumes {
 /// `ENOSYS` where it is missing, `EPERM` where it is forbidden
 /// (`kernel.io_uring_disabled`, seccomp).
 pub fn uring_available() -> io::Result<Mode> {
-    ReadRing::probe()
+    Ring::probe()
 }
 
 impl HostVolumes {
     /// Opens `volume` on a thread of its own, by what is allowed.
-    async fn open<V: HeldVolume + 'static>(
+    async fn open<V: Send + 'static>(
         &self,
         volume: &Path,
         open: impl FnOnce(&Host, &[PathBuf], ReaderSettings) -> Result<V> + Send + 'static,
-    ) -> Result<Box<dyn HeldVolume>> {
+    ) -> Result<V> {
         let (allowed, settings, host) =
             (Arc::clone(&self.allowed), self.settings, self.host.clone());
         let openings = Arc::clone(&self.openings);
@@ -113,7 +116,7 @@ impl HostVolumes {
         // A device that does not answer keeps its thread; what it opens in
         // the end is dropped at once.
         match tokio::time::timeout(HOLD_DEADLINE, work).await {
-            Ok(Ok(held)) => Ok(Box::new(held?) as Box<dyn HeldVolume>),
+            Ok(Ok(held)) => held,
             Ok(Err(panic)) => Err(Error::new(
                 Reason::Internal,
                 format!("the opening of {} ended early", volume.display()),
@@ -135,9 +138,25 @@ impl HostVolumes {
 impl Volumes for HostVolumes {
     fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let asked = path.to_owned();
-        Box::pin(
-            self.open(path, move |host, allowed, settings| hold(host, allowed, settings, &asked)),
-        )
+        Box::pin(self.open(path, move |host, allowed, settings| {
+            let held = hold(host, allowed, settings, &asked)?;
+            Ok(Box::new(held) as Box<dyn HeldVolume>)
+        }))
+    }
+
+    fn target<'a>(
+        &'a self,
+        path: &'a Path,
+        size: ByteSize,
+    ) -> BoxFuture<'a, Result<Box<dyn Target>>> {
+        let asked = path.to_owned();
+        Box::pin(async move {
+            let target = self.open(path, move |host, allowed, settings| {
+                let target = target::target(host, allowed, settings, &asked, size)?;
+                Ok(Box::new(target) as Box<dyn Target>)
+            });
+            target.await.map_err(|error| error.field("to"))
+        })
     }
 
     fn live<'a>(
@@ -147,7 +166,8 @@ impl Volumes for HostVolumes {
     ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let from = source.clone();
         Box::pin(self.open(&source.volume, move |host, allowed, settings| {
-            Live::open(host, allowed, settings, &from, pace)
+            let live = Live::open(host, allowed, settings, &from, pace)?;
+            Ok(Box::new(live) as Box<dyn HeldVolume>)
         }))
     }
 }

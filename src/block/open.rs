@@ -6,6 +6,7 @@
 //! device or a regular file is ever really opened.
 
 use std::{
+    ffi::OsString,
     fmt::Write as _,
     fs::{self, File},
     io,
@@ -18,8 +19,9 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, open},
+    fcntl::{AT_FDCWD, AtFlags, OFlag, open},
     sys::stat::{FileStat, Mode, SFlag, fstat},
+    unistd::linkat,
 };
 
 use crate::{
@@ -45,13 +47,15 @@ pub(super) struct Named {
     pub(super) identity: Identity,
 }
 
-/// With whom.
+/// What for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Sharing {
-    /// Nobody else may have it.
-    Nobody,
-    /// The guest that it belongs to.
-    Guest,
+pub(super) enum Purpose {
+    /// To be read, while nobody else has it.
+    Read,
+    /// To be read beside the guest that it belongs to.
+    ReadBesideGuest,
+    /// To be written over, while nobody else has it.
+    Overwrite,
 }
 
 /// How to open.
@@ -114,21 +118,21 @@ impl Named {
         Ok(Self { found, path: real, identity })
     }
 
-    /// Opens it for direct reads. [`Sharing::Nobody`] opens a block device
-    /// exclusively, so that the kernel refuses to mount or stack it
-    /// meanwhile; `None`: it is claimed already.
+    /// Opens it for direct reads or writes. What nobody else may have is
+    /// opened exclusively if it is a block device, so that the kernel refuses
+    /// to mount or stack it meanwhile; `None`: it is claimed already.
     ///
-    /// A regular file on a filesystem without direct reads (tmpfs on older
-    /// kernels) is read through the page cache.
-    pub(super) fn open(&self, sharing: Sharing) -> Result<Option<Opened>> {
+    /// A regular file on a filesystem without direct I/O (tmpfs on older
+    /// kernels) goes through the page cache.
+    pub(super) fn open(&self, purpose: Purpose) -> Result<Option<Opened>> {
         let error = |error| unavailable(&self.path, "open").because(error);
         let (file, size, sector_size) = match self.identity {
             Identity::BlockDevice(_) => {
-                let exclusive = match sharing {
-                    Sharing::Nobody => libc::O_EXCL,
-                    Sharing::Guest => 0,
+                let exclusive = match purpose {
+                    Purpose::Read | Purpose::Overwrite => libc::O_EXCL,
+                    Purpose::ReadBesideGuest => 0,
                 };
-                let file = match self.reopen(libc::O_DIRECT | exclusive) {
+                let file = match self.reopen(purpose, libc::O_DIRECT | exclusive) {
                     Ok(file) => file,
                     Err(busy) if busy.kind() == io::ErrorKind::ResourceBusy => return Ok(None),
                     Err(other) => return Err(error(other)),
@@ -139,11 +143,11 @@ impl Named {
             }
             Identity::File { .. } => {
                 let (mut cache, mut sector_size) = (Cache::Around, FILE_SECTOR);
-                let mut file = match self.reopen(libc::O_DIRECT) {
+                let mut file = match self.reopen(purpose, libc::O_DIRECT) {
                     Ok(file) => file,
                     Err(refused) if refused.kind() == io::ErrorKind::InvalidInput => {
                         cache = Cache::Through;
-                        self.reopen(0).map_err(error)?
+                        self.reopen(purpose, 0).map_err(error)?
                     }
                     Err(other) => return Err(error(other)),
                 };
@@ -155,7 +159,7 @@ impl Named {
                     DirectReads::Unsupported | DirectReads::Aligned { .. }
                         if cache == Cache::Around =>
                     {
-                        file = self.reopen(0).map_err(error)?;
+                        file = self.reopen(purpose, 0).map_err(error)?;
                     }
                     _ => {}
                 }
@@ -163,7 +167,7 @@ impl Named {
                 (file, size, sector_size)
             }
         };
-        if size == 0 {
+        if size == 0 && purpose != Purpose::Overwrite {
             let sentence = format!("the volume {} is empty", self.path.display());
             return Err(Error::new(Reason::VolumeEmpty, sentence)
                 .advice("name a volume with bytes: a file of size 0 holds no system")
@@ -173,8 +177,10 @@ impl Named {
     }
 
     /// Opens what was found, whatever its path leads to by now.
-    fn reopen(&self, flags: libc::c_int) -> io::Result<File> {
-        File::options().read(true).custom_flags(flags).open(descriptor(&self.found))
+    fn reopen(&self, purpose: Purpose, flags: libc::c_int) -> io::Result<File> {
+        let mut options = File::options();
+        options.read(true).write(purpose == Purpose::Overwrite).custom_flags(flags);
+        options.open(descriptor(&self.found))
     }
 }
 
@@ -182,7 +188,7 @@ impl Named {
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) file: File,
-    /// Bytes, not 0.
+    /// Bytes; not 0 where they are to be read.
     pub(super) size: u64,
     /// Bytes.
     pub(super) sector_size: u32,
@@ -197,6 +203,61 @@ pub(super) fn open_same_file(path: &Path, identity: Identity) -> io::Result<Opti
         return Ok(None);
     }
     File::open(descriptor(&found)).map(Some)
+}
+
+/// A file that does not exist yet and may be made.
+#[derive(Debug)]
+pub(super) struct Missing {
+    /// `O_PATH`.
+    directory: OwnedFd,
+    name: OsString,
+    /// Where it will really be.
+    pub(super) path: PathBuf,
+}
+
+impl Missing {
+    /// Looks for the place of `path`, where [`Named::look_up`] found nothing.
+    /// `None`: there is no directory that is allowed, or it is one of devices,
+    /// where a file would take memory and be none of them.
+    pub(super) fn look_up(path: &Path, allowed: &[PathBuf]) -> Option<Self> {
+        let (parent, name) = (path.parent()?, path.file_name()?);
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let directory = open(parent, flags, Mode::empty()).ok()?;
+        let real = fs::read_link(descriptor(&directory)).ok()?;
+        let inside = allowed.iter().any(|place| {
+            place == path || fs::canonicalize(place).is_ok_and(|p| real.starts_with(p))
+        });
+        let devices = ["/dev", "/proc", "/sys"].iter().any(|root| real.starts_with(root));
+        (inside && !devices).then(|| Self { path: real.join(name), directory, name: name.into() })
+    }
+
+    /// A file of `size` zero bytes there, which has no name yet, and so goes
+    /// with whoever opened it.
+    pub(super) fn make(&self, size: u64) -> io::Result<File> {
+        let open = |flags: libc::c_int| {
+            let mut options = File::options();
+            options.read(true).write(true).mode(0o600).custom_flags(libc::O_TMPFILE | flags);
+            options.open(descriptor(&self.directory))
+        };
+        let file = open(libc::O_DIRECT).or_else(|error| match error.kind() {
+            io::ErrorKind::InvalidInput => open(0),
+            _ => Err(error),
+        })?;
+        file.set_len(size)?;
+        Ok(file)
+    }
+
+    /// Gives `file` its name.
+    ///
+    /// # Errors
+    ///
+    /// `AlreadyExists`, and what the kernel says.
+    pub(super) fn name(&self, file: &File) -> io::Result<()> {
+        let from = format!("/proc/self/fd/{}", file.as_raw_fd());
+        linkat(AT_FDCWD, from.as_str(), &self.directory, &*self.name, AtFlags::AT_SYMLINK_FOLLOW)?;
+        // A directory that was opened for its path alone cannot be synced.
+        File::open(descriptor(&self.directory))?.sync_all()
+    }
 }
 
 /// Whether a symbolic link is on the way to `path` below one of `directories`.

@@ -20,9 +20,10 @@ const NOT_SHARED: i64 = 200;
 
 /// `BLK_PERM_CONSISTENT_READ`.
 const CONSISTENT_READ: i64 = 0;
-/// `BLK_PERM_WRITE`. `BLK_PERM_WRITE_UNCHANGED` (2) changes no byte and is
-/// shared.
+/// `BLK_PERM_WRITE`.
 const WRITE: i64 = 1;
+/// `BLK_PERM_WRITE_UNCHANGED`.
+const WRITE_UNCHANGED: i64 = 2;
 /// `BLK_PERM_RESIZE`.
 const RESIZE: i64 = 3;
 
@@ -30,9 +31,9 @@ const RESIZE: i64 = 3;
 #[must_use]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Locked {
-    /// Until the file is closed no QEMU gets the right to write or resize.
+    /// Until the file is closed no QEMU gets a right that is not shared.
     Yes,
-    /// Another program writes, resizes, or lets nobody read consistently.
+    /// Another program has or denies such a right.
     Conflict,
     /// The filesystem has no such locks, so QEMU cannot have any either.
     Unsupported,
@@ -45,7 +46,23 @@ pub(super) enum Locked {
 ///
 /// What fcntl(2) says.
 pub(super) fn lock_against_writers(file: &File) -> io::Result<Locked> {
-    for byte in [USED + CONSISTENT_READ, NOT_SHARED + WRITE, NOT_SHARED + RESIZE] {
+    // Who writes what is there already changes no byte.
+    lock(file, &[CONSISTENT_READ], &[WRITE, RESIZE])
+}
+
+/// Says to every QEMU that `file` is written and is nobody else's, and asks
+/// whether any disagrees.
+///
+/// # Errors
+///
+/// What fcntl(2) says.
+pub(super) fn lock_against_all(file: &File) -> io::Result<Locked> {
+    lock(file, &[WRITE], &[CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE])
+}
+
+fn lock(file: &File, used: &[i64], not_shared: &[i64]) -> io::Result<Locked> {
+    let bytes = |base: i64, of: &[i64]| of.iter().map(|bit| base + bit).collect::<Vec<_>>();
+    for byte in [bytes(USED, used), bytes(NOT_SHARED, not_shared)].concat() {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&one_byte(byte, libc::F_RDLCK))) {
             Ok(_) => {}
             Err(Errno::EAGAIN | Errno::EACCES) => return Ok(Locked::Conflict),
@@ -55,7 +72,7 @@ pub(super) fn lock_against_writers(file: &File) -> io::Result<Locked> {
             Err(error) => return Err(error.into()),
         }
     }
-    for byte in [NOT_SHARED + CONSISTENT_READ, USED + WRITE, USED + RESIZE] {
+    for byte in [bytes(NOT_SHARED, used), bytes(USED, not_shared)].concat() {
         let mut answer = one_byte(byte, libc::F_WRLCK);
         fcntl(file, FcntlArg::F_OFD_GETLK(&mut answer))?;
         if i32::from(answer.l_type) != libc::F_UNLCK {
@@ -82,7 +99,7 @@ mod tests {
 
     use super::*;
 
-    fn lock(path: &Path, byte: i64) -> File {
+    fn taken(path: &Path, byte: i64) -> File {
         let file = File::options().read(true).write(true).open(path).unwrap();
         fcntl(&file, FcntlArg::F_OFD_SETLK(&one_byte(byte, libc::F_RDLCK))).unwrap();
         file
@@ -96,15 +113,31 @@ mod tests {
         assert_eq!(ask(), Locked::Yes);
         // Another reader, and one that writes what is there already.
         for byte in [USED + CONSISTENT_READ, USED + 2, NOT_SHARED + WRITE] {
-            let _other = lock(volume.path(), byte);
+            let _other = taken(volume.path(), byte);
             assert_eq!(ask(), Locked::Yes, "{byte}");
         }
         for byte in [USED + WRITE, USED + RESIZE, NOT_SHARED + CONSISTENT_READ] {
-            let other = lock(volume.path(), byte);
+            let other = taken(volume.path(), byte);
             assert_eq!(ask(), Locked::Conflict, "{byte}");
             drop(other);
             assert_eq!(ask(), Locked::Yes, "{byte}");
         }
+    }
+
+    #[test]
+    fn who_writes_agrees_with_nobody() {
+        let volume = tempfile::NamedTempFile::new().unwrap();
+        let file = || File::options().read(true).write(true).open(volume.path()).unwrap();
+        let ask = || lock_against_all(&file()).unwrap();
+        assert_eq!(ask(), Locked::Yes);
+        for byte in [USED + CONSISTENT_READ, USED + WRITE, USED + 2, NOT_SHARED + WRITE] {
+            let other = taken(volume.path(), byte);
+            assert_eq!(ask(), Locked::Conflict, "{byte}");
+            drop(other);
+        }
+        let ours = file();
+        assert_eq!(lock_against_all(&ours).unwrap(), Locked::Yes);
+        assert_eq!(lock_against_writers(&file()).unwrap(), Locked::Conflict);
     }
 
     #[test]

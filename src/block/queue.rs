@@ -1,4 +1,5 @@
-//! Reads under way: through io_uring, or on threads where that is refused.
+//! Reads or writes under way: through io_uring, or on threads where that is
+//! refused.
 
 use std::{
     fs::File,
@@ -13,38 +14,43 @@ use std::{
 };
 
 use crate::sys::{
-    ring::{Finished, Read, ReadRing, Wait},
+    ring::{Direction, Finished, Ring, Transfer, Wait},
     slab::Slab,
 };
 
-/// How volumes are read.
+/// How volumes are read and written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
     /// io_uring; where the kernel refuses it, [`Threads`](Self::Threads),
     /// with one warning.
     Uring,
-    /// pread(2) on a few threads.
+    /// pread(2) and pwrite(2) on a few threads.
     Threads,
 }
 
-/// How many threads read at most. Four outstanding reads of an extent keep
+/// How many threads there are at most. Four outstanding reads of an extent keep
 /// most devices busy; more threads would compete with guests.
 const MAX_THREADS: u16 = 4;
 
-/// Reads that were started and not yet given back. Dropping it waits for
+/// Transfers that were started and not yet given back. Dropping it waits for
 /// them.
 #[derive(Debug)]
 pub(super) enum Queue {
-    Ring(Box<ReadRing>),
+    Ring(Box<Ring>),
     Threads(Threads),
 }
 
 impl Queue {
-    /// A queue of reads from `file` into the buffers of `slab`.
-    pub(super) fn new(engine: Engine, file: &Arc<File>, slab: &Arc<Slab>) -> io::Result<Self> {
+    /// A queue of transfers between `file` and the buffers of `slab`.
+    pub(super) fn new(
+        engine: Engine,
+        direction: Direction,
+        file: &Arc<File>,
+        slab: &Arc<Slab>,
+    ) -> io::Result<Self> {
         static WARNED: Once = Once::new();
         if engine == Engine::Uring {
-            match ReadRing::new(file.as_fd(), slab) {
+            match Ring::new(direction, file.as_fd(), slab) {
                 Ok(ring) => return Ok(Self::Ring(Box::new(ring))),
                 Err(error) => WARNED.call_once(|| {
                     tracing::warn!(
@@ -55,14 +61,14 @@ impl Queue {
                 }),
             }
         }
-        Threads::new(slab.count().min(MAX_THREADS), file).map(Self::Threads)
+        Threads::new(slab.count().min(MAX_THREADS), direction, file).map(Self::Threads)
     }
 
-    /// Starts `read`.
-    pub(super) fn start(&mut self, read: Read) -> io::Result<()> {
+    /// Starts `transfer`.
+    pub(super) fn start(&mut self, transfer: Transfer) -> io::Result<()> {
         match self {
-            Self::Ring(ring) => ring.start(read),
-            Self::Threads(threads) => threads.start(read),
+            Self::Ring(ring) => ring.start(transfer),
+            Self::Threads(threads) => threads.start(transfer),
         }
     }
 
@@ -74,7 +80,7 @@ impl Queue {
         }
     }
 
-    /// How many reads are under way.
+    /// How many are under way.
     pub(super) fn in_flight(&self) -> usize {
         match self {
             Self::Ring(ring) => ring.in_flight(),
@@ -83,18 +89,18 @@ impl Queue {
     }
 }
 
-/// The same over pread(2).
+/// The same over pread(2) and pwrite(2).
 #[derive(Debug)]
 pub(super) struct Threads {
     /// `None` when it ends.
-    jobs: Option<Sender<Read>>,
+    jobs: Option<Sender<Transfer>>,
     finished: Receiver<Finished>,
     in_flight: usize,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Threads {
-    fn new(count: u16, file: &Arc<File>) -> io::Result<Self> {
+    fn new(count: u16, direction: Direction, file: &Arc<File>) -> io::Result<Self> {
         let (jobs, todo) = mpsc::channel();
         let (done, finished) = mpsc::channel();
         let todo = Arc::new(Mutex::new(todo));
@@ -103,16 +109,16 @@ impl Threads {
         for number in 0..count {
             let (file, todo, done) = (Arc::clone(file), Arc::clone(&todo), done.clone());
             let thread = thread::Builder::new()
-                .name(format!("read-{number}"))
-                .spawn(move || serve(&file, &todo, &done))?;
+                .name(format!("volume-{number}"))
+                .spawn(move || serve(direction, &file, &todo, &done))?;
             queue.threads.push(thread);
         }
         Ok(queue)
     }
 
-    fn start(&mut self, read: Read) -> io::Result<()> {
+    fn start(&mut self, transfer: Transfer) -> io::Result<()> {
         let jobs = self.jobs.as_ref().ok_or(io::ErrorKind::BrokenPipe)?;
-        jobs.send(read).map_err(|_| io::ErrorKind::BrokenPipe)?;
+        jobs.send(transfer).map_err(|_| io::ErrorKind::BrokenPipe)?;
         self.in_flight += 1;
         Ok(())
     }
@@ -132,23 +138,30 @@ impl Drop for Threads {
     fn drop(&mut self) {
         self.jobs = None;
         for thread in self.threads.drain(..) {
-            // A thread that panicked reads no more: that is all that matters.
+            // A thread that panicked does no more: that is all that matters.
             let _ = thread.join();
         }
     }
 }
 
-fn serve(file: &File, todo: &Mutex<Receiver<Read>>, done: &Sender<Finished>) {
+fn serve(
+    direction: Direction,
+    file: &File,
+    todo: &Mutex<Receiver<Transfer>>,
+    done: &Sender<Finished>,
+) {
     loop {
-        // The lock is held while waiting: one thread waits for the next read,
-        // the others for the lock.
+        // The lock is held while waiting: one thread waits for the next
+        // transfer, the others for the lock.
         let next = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(mut read) = next else { return };
-        let result = match read.buffer.get_mut(read.range.clone()) {
-            Some(bytes) => file.read_at(bytes, read.offset),
-            None => Err(io::ErrorKind::InvalidInput.into()),
+        let Ok(mut transfer) = next else { return };
+        let Transfer { buffer, offset, range } = &mut transfer;
+        let result = match (buffer.get_mut(range.clone()), direction) {
+            (Some(bytes), Direction::Read) => file.read_at(bytes, *offset),
+            (Some(bytes), Direction::Write) => file.write_at(bytes, *offset),
+            (None, _) => Err(io::ErrorKind::InvalidInput.into()),
         };
-        if done.send((read, result)).is_err() {
+        if done.send((transfer, result)).is_err() {
             return;
         }
     }

@@ -41,7 +41,7 @@ use crate::{
     sys::{
         aligned::AlignedBuf,
         ioctl,
-        ring::{Finished, Read, Wait},
+        ring::{Direction, Finished, Transfer, Wait},
         slab::{Buffer, Slab},
     },
 };
@@ -119,7 +119,7 @@ pub(super) fn read<'a>(
     // A small volume needs no more buffers than extents.
     let count = extents_to_read(size, &facts.data, depth).max(1);
     let (slab, free) = Slab::cut(u16::try_from(count).unwrap_or(u16::MAX), EXTENT_LEN);
-    let queue = Queue::new(settings.engine, &source.file, &slab)
+    let queue = Queue::new(settings.engine, Direction::Read, &source.file, &slab)
         .context(Reason::ReadFailed, || format!("cannot begin to read {}", facts.path.display()))?;
     let (home, returned) = mpsc::channel();
     let (past, pace) = guest.unzip();
@@ -247,7 +247,7 @@ impl Reading<'_> {
         // A file's tail is read with a length that direct I/O accepts; the
         // kernel returns what there is.
         let end = self.source.readable(extent).next_multiple_of(sector).min(buffer.len());
-        let read = Read { buffer, offset: extent + filled as u64, range: filled..end };
+        let read = Transfer { buffer, offset: extent + filled as u64, range: filled..end };
         let (offset, len) = (read.offset, read.range.len() as u64);
         self.queue.start(read).context(Reason::ReadFailed, || self.source.sentence(offset, len))
     }

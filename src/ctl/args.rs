@@ -63,6 +63,9 @@ pub(super) enum Noun {
     /// The stores of this host, where images are kept.
     #[command(subcommand)]
     Store(StoreVerb),
+    /// Volumes of this host: block devices and raw files.
+    #[command(subcommand)]
+    Volume(VolumeVerb),
     /// Print a completion script for a shell.
     Completions {
         /// The shell that will read it.
@@ -112,6 +115,42 @@ pub(super) enum StoreVerb {
         /// Name of the store.
         name: String,
     },
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum VolumeVerb {
+    /// Write an image over a volume, or into a new file.
+    ///
+    /// Every extent is compared with the image's digests before it is written.
+    /// The volume must be as large as the image, and nothing may use it. All
+    /// that it held is lost. Until the end it has no beginning that a machine
+    /// would boot from, so that what is broken off is not taken for whole.
+    Restore(VolumeRestore),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct VolumeRestore {
+    /// OCID of the image.
+    #[arg(long, value_name = "OCID")]
+    pub image_id: String,
+    /// Block device or raw file to write over; a file that does not exist is
+    /// made, sparse.
+    #[arg(long, value_name = "PATH")]
+    pub to: PathBuf,
+    /// Do not ask. Required where no terminal can be asked and PATH exists.
+    #[arg(long)]
+    pub force: bool,
+    /// Names this request: asking twice with the same token is asking once
+    /// [default: a new one].
+    #[arg(long, value_name = "TOKEN", value_parser = parse_token)]
+    pub retry_token: Option<String>,
+    /// Wait until the work request is in this state; ACCEPTED does not wait.
+    #[arg(long, value_enum, ignore_case = true, value_name = "STATE")]
+    #[arg(default_value = "SUCCEEDED")]
+    pub wait_for_state: Vec<WaitFor>,
+    /// Longest time to wait [default: until the work ends].
+    #[arg(long, value_name = "SECONDS")]
+    pub max_wait_seconds: Option<u64>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -15,6 +15,7 @@ use super::{args::DEFAULT_SOCKET, exit::Exit, failure::Failure};
 use crate::pb::{
     host_service_client::HostServiceClient, image_service_client::ImageServiceClient,
     instance_service_client::InstanceServiceClient, store_service_client::StoreServiceClient,
+    volume_service_client::VolumeServiceClient,
     work_request_service_client::WorkRequestServiceClient,
 };
 
@@ -76,6 +77,7 @@ impl Client {
         work_requests -> WorkRequestServiceClient,
         host -> HostServiceClient,
         stores -> StoreServiceClient,
+        volumes -> VolumeServiceClient,
     }
 
     /// Waits for one answer, no longer than [`CALL_LIMIT`].

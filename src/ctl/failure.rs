@@ -132,7 +132,6 @@ impl Failure {
     /// How work that did not succeed ended; `None` when it succeeded or goes
     /// on.
     pub(super) fn of_work(work: &pb::WorkRequest) -> Option<Self> {
-        let verifies = work.operation_type() == pb::work_request::OperationType::VerifyImage;
         match work.status() {
             pb::work_request::Status::Failed => {}
             pb::work_request::Status::Canceled => {
@@ -143,7 +142,7 @@ impl Failure {
         let Some(first) = work.errors.first() else {
             return Some(Self::new(Exit::Failed, "the work failed, and imaged does not say why"));
         };
-        let corrupt = verifies && first.code == Reason::ImageCorrupt.code();
+        let corrupt = first.code == Reason::ImageCorrupt.code();
         let exit = if corrupt { Exit::VerificationFailed } else { Exit::Failed };
         let mut lines = first.message.lines().map(str::trim).filter(|line| !line.is_empty());
         let mut failure = Self::new(exit, lines.next().unwrap_or(&first.code));

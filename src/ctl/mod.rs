@@ -50,6 +50,7 @@ fn perform(cli: Cli, console: &mut Console<'_>) -> Result<(), Failure> {
         Noun::Completions { shell } => return documents::completions(*shell, console),
         Noun::Man { dir } => return documents::man_pages(dir),
         Noun::Image(verb) => verbs::confirm(verb, console)?,
+        Noun::Volume(verb) => verbs::confirm_volume(verb, console)?,
         Noun::Instance(_) | Noun::WorkRequest(_) | Noun::Host(_) | Noun::Store(_) => {}
     }
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -127,6 +127,8 @@ pub enum Operation {
     VerifyImage,
     /// Tries what making an image of a running instance does to it.
     RehearseImage,
+    /// Writes an image over a volume.
+    RestoreVolume,
 }
 
 /// OCI's status of a work request.
@@ -182,6 +184,8 @@ pub enum Phase {
     Seal,
     /// Recomputes digests.
     Verify,
+    /// Writes an image over a volume.
+    Restore,
     /// Over.
     Done,
 }
@@ -197,6 +201,7 @@ impl fmt::Display for Phase {
             Self::Release => "release",
             Self::Seal => "seal",
             Self::Verify => "verify",
+            Self::Restore => "restore",
             Self::Done => "done",
         })
     }

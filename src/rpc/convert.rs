@@ -19,7 +19,7 @@ use crate::{
         work_request::{Action, Operation, Status, WorkRequest},
     },
     pb,
-    work::{CreateImage, RehearseImage, Source, VerifyImage},
+    work::{CreateImage, RehearseImage, RestoreVolume, Source, VerifyImage},
 };
 
 /// OCI's limit for display names.
@@ -179,6 +179,20 @@ pub(super) fn verify_image(
 ) -> Result<VerifyImage> {
     Ok(VerifyImage {
         image_id: image_id(&request.image_id)?,
+        retry_token: retry_token(request.retry_token)?,
+        requested_by,
+    })
+}
+
+/// What a request wants that `requested_by` sent.
+pub(super) fn restore_volume(
+    request: pb::RestoreVolumeRequest,
+    requested_by: String,
+) -> Result<RestoreVolume> {
+    text("to", &request.to, MAX_PATH)?;
+    Ok(RestoreVolume {
+        image_id: image_id(&request.image_id)?,
+        path: request.to.into(),
         retry_token: retry_token(request.retry_token)?,
         requested_by,
     })
@@ -405,6 +419,7 @@ impl From<WorkRequest> for pb::WorkRequest {
                 Operation::CreateImage => OperationType::CreateImage,
                 Operation::VerifyImage => OperationType::VerifyImage,
                 Operation::RehearseImage => OperationType::RehearseImage,
+                Operation::RestoreVolume => OperationType::RestoreVolume,
             }
             .into(),
             status: match request.status {

@@ -16,6 +16,7 @@ mod page;
 pub mod peer;
 pub mod status;
 mod store;
+mod volume;
 mod work_request;
 
 use std::{future::Future, time::Duration};
@@ -89,11 +90,13 @@ async fn routes(work: Work, host: HostFacts) -> Result<Routes> {
     use pb::{
         host_service_server::HostServiceServer, image_service_server::ImageServiceServer,
         instance_service_server::InstanceServiceServer, store_service_server::StoreServiceServer,
+        volume_service_server::VolumeServiceServer,
         work_request_service_server::WorkRequestServiceServer,
     };
     let images = ImageServiceServer::new(image::Images { work: work.clone() });
     let instances = InstanceServiceServer::new(instance::Instances { work: work.clone() });
     let requests = WorkRequestServiceServer::new(work_request::Requests { work: work.clone() });
+    let volumes = VolumeServiceServer::new(volume::Volumes { work: work.clone() });
     let stores = StoreServiceServer::new(store::Stores { work: work.clone(), facts: host.clone() });
     let hosts = HostServiceServer::new(host::Host { work, facts: host });
 
@@ -103,6 +106,7 @@ async fn routes(work: Work, host: HostFacts) -> Result<Routes> {
     health.set_serving::<WorkRequestServiceServer<work_request::Requests>>().await;
     health.set_serving::<HostServiceServer<host::Host>>().await;
     health.set_serving::<StoreServiceServer<store::Stores>>().await;
+    health.set_serving::<VolumeServiceServer<volume::Volumes>>().await;
 
     let unbuilt = || "the reflection of the API cannot be built";
     let reflection = || {
@@ -115,6 +119,7 @@ async fn routes(work: Work, host: HostFacts) -> Result<Routes> {
         .add_service(requests.max_decoding_message_size(MAX_REQUEST))
         .add_service(hosts.max_decoding_message_size(MAX_REQUEST))
         .add_service(stores.max_decoding_message_size(MAX_REQUEST))
+        .add_service(volumes.max_decoding_message_size(MAX_REQUEST))
         .add_service(health_service)
         .add_service(reflection().build_v1().context(Reason::Internal, unbuilt)?)
         // For clients that know the older one alone.

@@ -138,6 +138,7 @@ mod tests {
         VOLUME_NOT_ALLOWED: InvalidArgument
         VOLUME_UNUSABLE: InvalidArgument
         VOLUME_EMPTY: InvalidArgument
+        VOLUME_TOO_SMALL: InvalidArgument
         VOLUME_TOO_LARGE: InvalidArgument
         VOLUME_NOT_FOUND: NotFound
         INSTANCE_NOT_FOUND: NotFound
@@ -154,6 +155,7 @@ mod tests {
         PERMISSION_DENIED: PermissionDenied
         VOLUME_UNAVAILABLE: Unavailable
         READ_FAILED: Unavailable
+        WRITE_FAILED: Unavailable
         SNAPSHOT_BROKEN: Unavailable
         STORE_FULL: ResourceExhausted
         STORE_UNAVAILABLE: Unavailable

@@ -9,5 +9,6 @@ pub mod ioctl;
 pub mod peer;
 pub mod ring;
 pub mod sched;
+pub mod shared;
 pub mod slab;
 pub mod stat;

@@ -1,7 +1,8 @@
-//! A ring of reads from one file into registered buffers: io_uring, safely.
+//! A ring of reads from one file into registered buffers, or of writes to one
+//! from them: io_uring, safely.
 //!
-//! A read owns its buffer from [`ReadRing::start`] until
-//! [`ReadRing::finished`] gives it back. Dropping the ring first waits for
+//! A transfer owns its buffer from [`Ring::start`] until
+//! [`Ring::finished`] gives it back. Dropping the ring first waits for
 //! what the kernel holds; when even that fails, the memory is leaked rather
 //! than freed under the kernel's hands.
 //!
@@ -28,10 +29,20 @@ use super::slab::{Buffer, Slab};
 /// can be saved.
 const PATIENCE: u32 = 10_000;
 
-/// One read: bytes of the file from `offset` on, into `range` of the buffer.
+/// Which way the bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From the file into buffers.
+    Read,
+    /// From buffers to the file.
+    Write,
+}
+
+/// One read or write: bytes of the file from `offset` on, and `range` of the
+/// buffer.
 #[derive(Debug)]
-pub struct Read {
-    /// Receives the bytes.
+pub struct Transfer {
+    /// Receives the bytes, or has them.
     pub buffer: Buffer,
     /// Where in the file.
     pub offset: u64,
@@ -39,16 +50,16 @@ pub struct Read {
     pub range: Range<usize>,
 }
 
-/// A read that the kernel gave back: the count of bytes read from `offset`
-/// on, which may be short, or the error.
-pub type Finished = (Read, io::Result<usize>);
+/// A transfer that the kernel gave back: the count of bytes from `offset` on,
+/// which may be short, or the error.
+pub type Finished = (Transfer, io::Result<usize>);
 
 /// Whether to wait for the kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
     /// Only take what is there.
     No,
-    /// Until at least one read is finished, if any is under way.
+    /// Until at least one transfer is finished, if any is under way.
     ForOne,
 }
 
@@ -75,13 +86,14 @@ impl fmt::Display for Mode {
 }
 
 /// The ring. It stays on the thread that made it.
-pub struct ReadRing {
+pub struct Ring {
     ring: IoUring,
     mode: Mode,
+    direction: Direction,
     /// Outlives the registration, whatever becomes of the buffers.
     slab: Arc<Slab>,
     /// What the kernel holds, by slot.
-    held: Box<[Option<Read>]>,
+    held: Box<[Option<Transfer>]>,
     in_flight: usize,
     /// How often in a row the kernel asked to come again.
     refusals: u32,
@@ -89,16 +101,16 @@ pub struct ReadRing {
     _not_send: PhantomData<*const ()>,
 }
 
-impl ReadRing {
-    /// A ring that reads `file` into the buffers of `slab`. The kernel keeps
-    /// its own reference to the file.
+impl Ring {
+    /// A ring between `file` and the buffers of `slab`. The kernel keeps its
+    /// own reference to the file.
     ///
     /// # Errors
     ///
     /// `ENOSYS` or `EPERM` where io_uring is missing or forbidden
     /// (`kernel.io_uring_disabled`, seccomp), `ENOMEM` where the limit of
     /// locked memory is too small for the buffers.
-    pub fn new(file: BorrowedFd<'_>, slab: &Arc<Slab>) -> io::Result<Self> {
+    pub fn new(direction: Direction, file: BorrowedFd<'_>, slab: &Arc<Slab>) -> io::Result<Self> {
         let (ring, mode) = set_up(u32::from(slab.count()))?;
         ring.submitter().register_files(&[file.as_raw_fd()])?;
         let vectors: Vec<_> = (0..slab.count())
@@ -113,6 +125,7 @@ impl ReadRing {
         Ok(Self {
             ring,
             mode,
+            direction,
             held: vectors.iter().map(|_| None).collect(),
             slab: Arc::clone(slab),
             in_flight: 0,
@@ -136,35 +149,42 @@ impl ReadRing {
         self.mode
     }
 
-    /// How many reads the kernel holds.
+    /// How many transfers the kernel holds.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.in_flight
     }
 
-    /// Queues `read`; the kernel sees it with the next
+    /// Queues `transfer`; the kernel sees it with the next
     /// [`finished`](Self::finished).
     ///
     /// # Errors
     ///
     /// `EINVAL` for a buffer of another slab or a range outside the buffer.
-    pub fn start(&mut self, read: Read) -> io::Result<()> {
-        let slot = read.buffer.slot();
-        let len = u32::try_from(read.range.len()).unwrap_or(0);
-        let inside = read.range.end <= self.slab.buffer_size() && len > 0;
-        if !read.buffer.is_from(&self.slab) || !inside {
+    pub fn start(&mut self, transfer: Transfer) -> io::Result<()> {
+        let Transfer { buffer, offset, range } = &transfer;
+        let slot = buffer.slot();
+        let len = u32::try_from(range.len()).unwrap_or(0);
+        let inside = range.end <= self.slab.buffer_size() && len > 0;
+        if !buffer.is_from(&self.slab) || !inside {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        let start = self.slab.address(slot).wrapping_add(read.range.start);
-        let entry = opcode::ReadFixed::new(types::Fixed(0), start, len, slot)
-            .offset(read.offset)
-            .build()
-            .user_data(u64::from(slot));
+        let start = self.slab.address(slot).wrapping_add(range.start);
+        let file = types::Fixed(0);
+        let entry = match self.direction {
+            Direction::Read => {
+                opcode::ReadFixed::new(file, start, len, slot).offset(*offset).build()
+            }
+            Direction::Write => {
+                opcode::WriteFixed::new(file, start, len, slot).offset(*offset).build()
+            }
+        };
+        let entry = entry.user_data(u64::from(slot));
         // SAFETY: the entry names registered file 0 and `range` of registered
         // buffer `slot`. That buffer is ours from here until its completion:
         // `held` owns the only `Buffer` of the slot.
         unsafe { self.ring.submission().push(&entry) }.map_err(io::Error::other)?;
-        self.held[usize::from(slot)] = Some(read);
+        self.held[usize::from(slot)] = Some(transfer);
         self.in_flight += 1;
         Ok(())
     }
@@ -175,7 +195,7 @@ impl ReadRing {
     ///
     /// # Errors
     ///
-    /// The ring itself is broken; the errors of reads are in `done`.
+    /// The ring itself is broken; the errors of transfers are in `done`.
     pub fn finished(&mut self, wait: Wait, done: &mut Vec<Finished>) -> io::Result<()> {
         let want = match wait {
             Wait::ForOne if self.in_flight > 0 => 1,
@@ -184,12 +204,12 @@ impl ReadRing {
         let entered = self.ring.submit_and_wait(want);
         for completion in self.ring.completion() {
             let slot = usize::try_from(completion.user_data()).ok();
-            let read = slot.and_then(|slot| self.held.get_mut(slot)?.take());
-            let Some(read) = read else { continue };
+            let transfer = slot.and_then(|slot| self.held.get_mut(slot)?.take());
+            let Some(transfer) = transfer else { continue };
             self.in_flight -= 1;
             let result = usize::try_from(completion.result())
                 .map_err(|_| io::Error::from_raw_os_error(-completion.result()));
-            done.push((read, result));
+            done.push((transfer, result));
         }
         match entered {
             Ok(_) => {
@@ -212,13 +232,13 @@ impl ReadRing {
     }
 }
 
-impl Drop for ReadRing {
+impl Drop for Ring {
     fn drop(&mut self) {
         let mut done = Vec::new();
         while self.in_flight > 0 {
             if let Err(error) = self.finished(Wait::ForOne, &mut done) {
-                tracing::error!(%error, reads = self.in_flight, "cannot take reads back from the kernel; their memory is leaked");
-                // A leaked `Read` holds the slab, so no byte of it is freed.
+                tracing::error!(%error, transfers = self.in_flight, "cannot take memory back from the kernel; it is leaked");
+                // A leaked `Transfer` holds the slab, so no byte of it is freed.
                 self.held.iter_mut().filter_map(Option::take).for_each(mem::forget);
                 return;
             }
@@ -227,14 +247,14 @@ impl Drop for ReadRing {
         // The kernel tears a closed ring down in its own time. The file must
         // not stay open until then: it may be an exclusive one.
         if let Err(error) = self.ring.submitter().unregister_files() {
-            tracing::warn!(%error, "a file that was read stays open a little longer");
+            tracing::warn!(%error, "a file stays open a little longer");
         }
     }
 }
 
-impl fmt::Debug for ReadRing {
+impl fmt::Debug for Ring {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "ReadRing({}, {} in flight)", self.mode, self.in_flight)
+        write!(f, "Ring({:?}, {}, {} in flight)", self.direction, self.mode, self.in_flight)
     }
 }
 
@@ -271,7 +291,7 @@ mod tests {
         file
     }
 
-    fn all(ring: &mut ReadRing) -> Vec<Finished> {
+    fn all(ring: &mut Ring) -> Vec<Finished> {
         let mut done = Vec::new();
         while ring.in_flight() > 0 {
             ring.finished(Wait::ForOne, &mut done).unwrap();
@@ -284,10 +304,10 @@ mod tests {
     fn uring_reads_fill_their_own_ranges() {
         let file = file(&(0..=255).collect::<Vec<u8>>().repeat(64));
         let (slab, buffers) = Slab::cut(4, 4096);
-        let mut ring = ReadRing::new(file.as_fd(), &slab).unwrap();
+        let mut ring = Ring::new(Direction::Read, file.as_fd(), &slab).unwrap();
         for buffer in buffers {
             let offset = u64::from(buffer.slot()) * 4096 + 3;
-            ring.start(Read { buffer, offset, range: 100..200 }).unwrap();
+            ring.start(Transfer { buffer, offset, range: 100..200 }).unwrap();
         }
         let done = all(&mut ring);
         assert_eq!(done.len(), 4);
@@ -300,16 +320,37 @@ mod tests {
 
     #[test]
     #[ignore = "needs a kernel that allows io_uring"]
+    fn uring_writes_come_from_their_own_ranges() {
+        let file = file(&[0; 3 * 4096]);
+        let (slab, buffers) = Slab::cut(3, 4096);
+        let mut ring = Ring::new(Direction::Write, file.as_fd(), &slab).unwrap();
+        for mut buffer in buffers {
+            let slot = buffer.slot();
+            buffer.fill(u8::try_from(slot).unwrap() + 1);
+            ring.start(Transfer { buffer, offset: u64::from(slot) * 4096 + 1, range: 7..107 })
+                .unwrap();
+        }
+        assert!(all(&mut ring).into_iter().all(|(_, written)| written.unwrap() == 100));
+        let mut bytes = vec![0; 3 * 4096];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).unwrap();
+        for (page, byte) in bytes.chunks(4096).zip(1..) {
+            assert!(page[1..101].iter().all(|found| *found == byte));
+            assert!(page[..1].iter().chain(&page[101..]).all(|found| *found == 0));
+        }
+    }
+
+    #[test]
+    #[ignore = "needs a kernel that allows io_uring"]
     fn uring_tells_short_reads_and_errors_of_a_read() {
         let short = file(b"abc");
         let (slab, mut buffers) = Slab::cut(1, 4096);
-        let mut ring = ReadRing::new(short.as_fd(), &slab).unwrap();
-        ring.start(Read { buffer: buffers.remove(0), offset: 1, range: 0..4096 }).unwrap();
+        let mut ring = Ring::new(Direction::Read, short.as_fd(), &slab).unwrap();
+        ring.start(Transfer { buffer: buffers.remove(0), offset: 1, range: 0..4096 }).unwrap();
         let (read, result) = all(&mut ring).remove(0);
         assert_eq!((result.unwrap(), &read.buffer[..2]), (2, &b"bc"[..]));
 
         let directory = File::open("/").unwrap();
-        let mut ring = ReadRing::new(directory.as_fd(), &slab).unwrap();
+        let mut ring = Ring::new(Direction::Read, directory.as_fd(), &slab).unwrap();
         ring.start(read).unwrap();
         let (_, result) = all(&mut ring).remove(0);
         assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EISDIR));
@@ -321,11 +362,11 @@ mod tests {
         let file = file(b"abc");
         let (slab, mut own) = Slab::cut(1, 4096);
         let (_, mut foreign) = Slab::cut(1, 4096);
-        let mut ring = ReadRing::new(file.as_fd(), &slab).unwrap();
+        let mut ring = Ring::new(Direction::Read, file.as_fd(), &slab).unwrap();
         let buffer = foreign.remove(0);
-        assert!(ring.start(Read { buffer, offset: 0, range: 0..1 }).is_err());
+        assert!(ring.start(Transfer { buffer, offset: 0, range: 0..1 }).is_err());
         let buffer = own.remove(0);
-        assert!(ring.start(Read { buffer, offset: 0, range: 0..4097 }).is_err());
+        assert!(ring.start(Transfer { buffer, offset: 0, range: 0..4097 }).is_err());
         assert_eq!(ring.in_flight(), 0);
     }
 
@@ -335,11 +376,11 @@ mod tests {
         let file = file(&vec![7; 64 << 20]);
         let (slab, buffers) = Slab::cut(64, 1 << 20);
         let memory = Arc::downgrade(&slab);
-        let mut ring = ReadRing::new(file.as_fd(), &slab).unwrap();
+        let mut ring = Ring::new(Direction::Read, file.as_fd(), &slab).unwrap();
         drop(slab);
         for buffer in buffers {
             let offset = u64::from(buffer.slot()) << 20;
-            ring.start(Read { buffer, offset, range: 0..1 << 20 }).unwrap();
+            ring.start(Transfer { buffer, offset, range: 0..1 << 20 }).unwrap();
         }
         ring.finished(Wait::No, &mut Vec::new()).unwrap();
         drop(ring);
@@ -351,8 +392,8 @@ mod tests {
     fn uring_waits_for_a_slow_read_when_it_is_dropped() {
         let (empty, writer) = nix::unistd::pipe().unwrap();
         let (slab, mut buffers) = Slab::cut(1, 4096);
-        let mut ring = ReadRing::new(empty.as_fd(), &slab).unwrap();
-        ring.start(Read { buffer: buffers.remove(0), offset: 0, range: 0..8 }).unwrap();
+        let mut ring = Ring::new(Direction::Read, empty.as_fd(), &slab).unwrap();
+        ring.start(Transfer { buffer: buffers.remove(0), offset: 0, range: 0..8 }).unwrap();
         ring.finished(Wait::No, &mut Vec::new()).unwrap();
         let late = Duration::from_millis(200);
         let begin = Instant::now();
@@ -371,7 +412,7 @@ mod tests {
         // A pipe's reader sees the end when the last writer is closed.
         let (reader, writer) = nix::unistd::pipe().unwrap();
         let (slab, _buffers) = Slab::cut(1, 4096);
-        let ring = ReadRing::new(writer.as_fd(), &slab).unwrap();
+        let ring = Ring::new(Direction::Read, writer.as_fd(), &slab).unwrap();
         drop(writer);
         drop(ring);
         nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::O_NONBLOCK))
@@ -384,8 +425,8 @@ mod tests {
     fn uring_buffers_outlive_the_ring() {
         let file = file(b"abc");
         let (slab, mut buffers) = Slab::cut(1, 4096);
-        let mut ring = ReadRing::new(file.as_fd(), &slab).unwrap();
-        ring.start(Read { buffer: buffers.remove(0), offset: 0, range: 0..3 }).unwrap();
+        let mut ring = Ring::new(Direction::Read, file.as_fd(), &slab).unwrap();
+        ring.start(Transfer { buffer: buffers.remove(0), offset: 0, range: 0..3 }).unwrap();
         let (read, _) = all(&mut ring).remove(0);
         drop((ring, slab, file));
         assert_eq!(&read.buffer[..3], b"abc");

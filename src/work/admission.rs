@@ -15,7 +15,7 @@ pub const RETRY_TOKEN_LEN: usize = 64;
 /// What a work request keeps others from using.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Lock {
-    /// A volume that is imaged: one image of it at a time.
+    /// A volume that is imaged, or written over: one at a time.
     Source(PathBuf),
     /// An image that must not be deleted.
     Image(ImageId),
@@ -154,9 +154,9 @@ impl From<Denial> for Error {
             .field("retry_token"),
             Denial::Locked { holder, lock: Lock::Source(path) } => Error::new(
                 Reason::SourceLocked,
-                format!("work request {holder} is imaging {}", path.display()),
+                format!("work request {holder} uses {}", path.display()),
             )
-            .advice("one image of a volume is made at a time: wait for it, or cancel it"),
+            .advice("a volume is imaged or written by one at a time: wait for it, or cancel it"),
             Denial::Locked { holder, lock: Lock::Image(id) } => {
                 Error::new(Reason::ImageLocked, format!("work request {holder} uses image {id}"))
                     .advice("wait for it, or cancel it")
@@ -251,8 +251,8 @@ mod tests {
             lock: Lock::Source("/dev/vg0/web-1".into()),
         });
         insta::assert_snapshot!(error.report(), @"
-        work request ocid1.workrequest.imaged..01 is imaging /dev/vg0/web-1
-          help: one image of a volume is made at a time: wait for it, or cancel it
+        work request ocid1.workrequest.imaged..01 uses /dev/vg0/web-1
+          help: a volume is imaged or written by one at a time: wait for it, or cancel it
         ");
     }
 }

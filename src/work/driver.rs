@@ -11,6 +11,7 @@ use super::{
     capture::Capture,
     registry::{Job, Reservation},
     rehearse::Rehearse,
+    restore::Restore,
     tracker::Tracker,
     verify,
     watchdog::Watchdog,
@@ -30,6 +31,8 @@ pub(super) enum Task {
     Verify(Box<Found>),
     /// Try what an image would cost.
     Rehearse(Box<Rehearse>),
+    /// Write an image over a volume.
+    Restore(Box<Restore>),
 }
 
 /// Starts the task. It ends by itself, by the request's token, or with the
@@ -52,7 +55,7 @@ async fn drive(work: Work, job: Job, task: Task) {
     let mut tracker = Tracker::new(state.clone(), ports.journal.clone(), ports.clock.clone());
     let image = match &task {
         Task::Capture(capture) => Some(capture.image.id.clone()),
-        Task::Verify(_) | Task::Rehearse(_) => None,
+        Task::Verify(_) | Task::Rehearse(_) | Task::Restore(_) => None,
     };
     if let Task::Capture(capture) = &task
         && let Some(interrupted) = &capture.interrupted
@@ -73,6 +76,9 @@ async fn drive(work: Work, job: Job, task: Task) {
                 verify::run(&work, &found, &mut tracker, &watchdog, &stop, place).await
             }
             Task::Rehearse(rehearse) => rehearse.run(&work, &mut tracker, &stop).await,
+            Task::Restore(restore) => {
+                restore.run(&work, &mut tracker, &watchdog, &stop, place).await
+            }
         }
     };
     // Who dies while it undoes must find on its return that it was to.

@@ -11,6 +11,7 @@
 //! ```
 
 pub mod admission;
+mod aside;
 mod capture;
 mod driver;
 mod governor;
@@ -20,6 +21,7 @@ mod preflight;
 mod recover;
 mod registry;
 mod rehearse;
+mod restore;
 mod resume;
 mod stores;
 mod tracker;
@@ -31,7 +33,7 @@ use std::{num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration};
 use tokio::sync::{Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use self::order::{CreateImage, RehearseImage, Source, VerifyImage};
+pub use self::order::{CreateImage, RehearseImage, RestoreVolume, Source, VerifyImage};
 pub use self::stores::Step;
 use self::{
     order::{check_name, check_path, compact, fingerprint, retry},
@@ -39,7 +41,7 @@ use self::{
 };
 pub use crate::catalogue::Listed;
 use crate::{
-    catalogue::Catalogue,
+    catalogue::{Catalogue, Found},
     encode::SpareMemory,
     error::{Error, Reason, Result},
     model::{
@@ -286,14 +288,7 @@ impl Work {
         if let Some(known) = self.0.known(retry.as_ref())? {
             return Ok(known);
         }
-        let found = match self.0.catalogue.find(&wanted.image_id).await {
-            Err(error) if error.reason() == Reason::ImageNotFound => {
-                // One that is being made is there, and locked.
-                self.0.registry.check_unused(&wanted.image_id)?;
-                return Err(error);
-            }
-            found => found?,
-        };
+        let found = self.whole(&wanted.image_id).await?;
         let resources = vec![Resource {
             action: Action::Related,
             entity_type: EntityType::Image,
@@ -314,6 +309,62 @@ impl Work {
                 driver::spawn(self, reservation, driver::Task::Verify(Box::new(found)));
                 Ok(request)
             }
+        }
+    }
+
+    /// Accepts an order to write an image over a volume, which is not touched
+    /// before its turn comes.
+    ///
+    /// # Errors
+    ///
+    /// As [`verify_image`](Self::verify_image), but for `IMAGE_LOCKED` by a
+    /// verification; `INVALID_PARAMETER`, `SOURCE_LOCKED`, and those of
+    /// [`Volumes::target`].
+    pub async fn restore_volume(&self, wanted: RestoreVolume) -> Result<WorkRequest> {
+        let RestoreVolume { image_id, path, retry_token, requested_by } = wanted;
+        let words = format!("restore {image_id} {}", path.display());
+        let retry = retry(&retry_token, &requested_by, &words);
+        if let Some(known) = self.0.known(retry.as_ref())? {
+            return Ok(known);
+        }
+        let path = check_path(&path, "to")?;
+        let found = self.whole(&image_id).await?;
+        let resource =
+            |action, entity_type, identifier| Resource { action, entity_type, identifier };
+        let volume = path.display().to_string();
+        let resources = vec![
+            resource(Action::InProgress, EntityType::Volume, volume),
+            resource(Action::Related, EntityType::Image, image_id.to_string()),
+        ];
+        let request = self.0.new_request(
+            Operation::RestoreVolume,
+            found.image.record.compartment_id.clone(),
+            resources,
+            requested_by,
+            retry,
+        );
+        let lock = admission::Lock::Source(resolve(path.clone()).await);
+        match self.0.reserve(request, lock)? {
+            registry::Admitted::Known(known) => Ok(known),
+            registry::Admitted::New(request, reservation) => {
+                let restore = Box::new(restore::Restore { found, path });
+                drop(restore.target(self).await?);
+                self.0.keep(&request).await?;
+                driver::spawn(self, reservation, driver::Task::Restore(restore));
+                Ok(request)
+            }
+        }
+    }
+
+    /// An image that is whole.
+    async fn whole(&self, id: &ImageId) -> Result<Found> {
+        match self.0.catalogue.find(id).await {
+            Err(error) if error.reason() == Reason::ImageNotFound => {
+                // One that is being made is there, and locked.
+                self.0.registry.check_unused(id)?;
+                Err(error)
+            }
+            found => found,
         }
     }
 
@@ -482,7 +533,7 @@ impl Work {
             Source::BootVolume(_) => None,
         };
         let source_volume = match (&wanted.source, &instance) {
-            (Source::BootVolume(path), _) => check_path(path)?,
+            (Source::BootVolume(path), _) => check_path(path, "boot_volume")?,
             (_, Some(instance)) => instance.boot_volume.clone(),
             (Source::Instance(_), None) => PathBuf::new(),
         };

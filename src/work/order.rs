@@ -58,6 +58,19 @@ pub struct VerifyImage {
     pub requested_by: String,
 }
 
+/// An order to write an image over a volume.
+#[derive(Debug, Clone)]
+pub struct RestoreVolume {
+    /// Which.
+    pub image_id: ImageId,
+    /// Where to.
+    pub path: PathBuf,
+    /// Makes asking twice asking once.
+    pub retry_token: Option<String>,
+    /// Who asks.
+    pub requested_by: String,
+}
+
 /// An order to try what an image of a running instance would cost.
 #[derive(Debug, Clone)]
 pub struct RehearseImage {
@@ -71,14 +84,15 @@ pub struct RehearseImage {
     pub requested_by: String,
 }
 
-pub(super) fn check_path(path: &Path) -> Result<PathBuf> {
+/// What is wrong is told of `field`.
+pub(super) fn check_path(path: &Path, field: &'static str) -> Result<PathBuf> {
     if path.is_absolute() {
         return Ok(path.to_owned());
     }
     let context = format!("{:?} is not an absolute path", path.display().to_string());
     Err(Error::new(Reason::InvalidParameter, context)
         .advice("name the volume from the root on, e.g. /dev/vg0/web-1")
-        .field("boot_volume"))
+        .field(field))
 }
 
 /// OCI: 1 to 255 characters. Control characters would forge log lines.

@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         trace::Trace,
-        work_request::{Action, LogEntry, Resource, Status, WorkRequest},
+        work_request::{Action, EntityType, LogEntry, Operation, Resource, Status, WorkRequest},
     },
     port::ObjectStore,
     recorder::Recorder,
@@ -50,10 +50,7 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
             Made::No => {
                 let error =
                     Error::new(Reason::DaemonStopped, "imaged died before the work was done")
-                        .advice(
-                            "no image came of it, and its remains are removed; ask again, with a \
-                             new retry token",
-                        );
+                        .advice(left(request.operation));
                 let status = match request.status {
                     Status::Canceling => Status::Canceled,
                     _ => Status::Failed,
@@ -75,6 +72,19 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
             "ended: imaged had died before it was done");
     }
     Ok(requests)
+}
+
+/// What is left of work whose daemon died.
+fn left(operation: Operation) -> &'static str {
+    match operation {
+        Operation::CreateImage | Operation::VerifyImage | Operation::RehearseImage => {
+            "no image came of it, and its remains are removed; ask again, with a new retry token"
+        }
+        Operation::RestoreVolume => {
+            "if the volume was there before, what it held is lost, and no machine boots from it: \
+             ask again, with a new retry token"
+        }
+    }
 }
 
 /// What holds guests, all at once: a QEMU that hangs must not keep the others
@@ -138,7 +148,9 @@ struct Stores<'a> {
 
 impl Stores<'_> {
     async fn made_its_image(&self, request: &WorkRequest) -> Made {
-        let made = |resource: &&Resource| resource.action == Action::InProgress;
+        let made = |resource: &&Resource| {
+            (resource.action, resource.entity_type) == (Action::InProgress, EntityType::Image)
+        };
         let image = request.resources.iter().find(made);
         let Some(id) = image.and_then(|image| image.identifier.parse().ok()) else {
             return Made::No;

@@ -1,23 +1,17 @@
 //! Whether an image in a store is still what was stored.
 
-use std::{sync::Arc, thread, time::Duration};
+use std::sync::Arc;
 
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
-use super::{Work, tracker::Tracker, watchdog::Watchdog};
+use super::{Work, aside::aside, tracker::Tracker, watchdog::Watchdog};
 use crate::{
     catalogue::Found,
     error::{Error, Reason, Result},
-    model::{
-        image::ImageState,
-        work_request::{Phase, Progress},
-    },
+    model::{image::ImageState, work_request::Phase},
     port::{Fault, Meter},
 };
-
-/// How often progress is shown.
-const TICK: Duration = Duration::from_millis(250);
 
 /// Recomputes both digests from the store alone. `place` is held until every
 /// thread has ended.
@@ -52,36 +46,15 @@ async fn recomputed(
     let total = stored.object_size.get() + stored.virtual_size.get();
     let threads = work.0.settings.encode_threads;
     let meter = Arc::new(Meter::default());
-    let (done, mut running) = oneshot::channel();
     let token = stop.child_token();
     let _ends_with_us = token.clone().drop_guard();
     let (stored, seen) = (stored.clone(), Arc::clone(&meter));
     let inspector = Arc::clone(&work.0.ports.inspector);
     let body = move || {
         let _place = place;
-        let outcome = inspector.verify(&*object, &stored, &digests, threads, &seen, &token);
-        // Nobody waits any more: the daemon is going down.
-        let _ = done.send(outcome);
+        inspector.verify(&*object, &stored, &digests, threads, &seen, &token)
     };
-    thread::Builder::new().name("verify-0".into()).spawn(body).map_err(|cause| {
-        Error::new(Reason::Internal, "the verifying thread cannot be started").because(cause)
-    })?;
-
-    let mut ticks = tokio::time::interval(TICK);
-    let outcome = loop {
-        tokio::select! {
-            outcome = &mut running => break outcome,
-            _ = ticks.tick() => {
-                let (read, skipped) = (meter.read(), meter.skipped());
-                tracker.progress(Progress { total, read, skipped, ..Progress::default() });
-            }
-        }
-    };
-    let outcome = outcome
-        .unwrap_or_else(|_| Err(Error::new(Reason::Internal, "the verifying thread panicked")))?;
-    let (read, skipped) = (meter.read(), meter.skipped());
-    tracker.progress(Progress { total, read, skipped, ..Progress::default() });
-    match outcome {
+    match aside("verify-0", tracker, (meter, total), body).await? {
         None => {
             tracker.log("content and object are what was stored".into());
             Ok(())
@@ -90,7 +63,8 @@ async fn recomputed(
     }
 }
 
-fn corrupt(found: &Found, fault: Fault) -> Error {
+/// An image that is not what its digests say.
+pub(super) fn corrupt(found: &Found, fault: Fault) -> Error {
     let context = format!(
         "image {} in store {:?} is not what was stored",
         found.image.id,

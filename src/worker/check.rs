@@ -64,7 +64,7 @@ impl Workers {
     pub fn attempt(&self, attempt: Attempt) -> Result<Tried> {
         let watch = Watch::new(CancellationToken::new(), PATIENCE);
         let job = Job { limits: Limits::for_attempts(), work: Work::Attempt(attempt) };
-        let (process, mut control, _) = Process::start(&self.program, &job, 0, &watch)?;
+        let (process, mut control, _) = Process::start(&self.program, &job, 0, None, &watch)?;
         let how = process.how.clone();
         let outcome = match control.receive() {
             Ok(FromWorker::Said(what)) => Outcome::Said(what),

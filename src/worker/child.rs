@@ -5,19 +5,26 @@ mod lane;
 
 use std::{
     io::{self, Write},
-    os::{fd::AsFd, unix::net::UnixStream},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     process::ExitCode,
 };
 
 use self::lane::Lane;
 use super::{
     confine,
-    frame::{FromWorker, Job, MAX_JOB, Work},
+    frame::{FromWorker, Job, MAX_JOB, SLOTS, Work},
 };
 use crate::{
     error::{Context, Error, Reason, Result},
-    sys,
+    model::image::EXTENT_SIZE,
+    sys::{self, shared::Mapped},
 };
+
+/// Memory of a lane for what it decodes.
+const REGION: usize = SLOTS as usize * EXTENT_SIZE as usize;
 
 /// Runs a worker; its job comes over the socket that is its stdin. To be
 /// called at the very start of a process: it closes whatever was inherited.
@@ -49,14 +56,17 @@ fn run() -> Result<()> {
 
     let control = io::stdin().as_fd().try_clone_to_owned().map(UnixStream::from);
     let control = control.context(Reason::Internal, || "there is no control socket")?;
-    let Some((job, lanes)) = job(&control)? else { return Ok(()) };
+    let Some((job, passed)) = job(&control)? else { return Ok(()) };
     let control = Control(control);
+    let (lanes, regions) = lanes(&job, passed)?;
     let how = match confine::restrict(&job.limits) {
         Ok(how) => how,
         Err(error) => return Err(control.refuse(error)),
     };
     match job.work {
-        Work::Decode { object_size } => decode::run(&control, &how, lanes, object_size),
+        Work::Decode { object_size } | Work::Fill { object_size } => {
+            decode::run(&control, &how, lanes, regions, object_size)
+        }
         Work::Attempt(attempt) => {
             control.seal(&how)?;
             control.say(&FromWorker::Said(attempt.run()))
@@ -64,12 +74,12 @@ fn run() -> Result<()> {
     }
 }
 
-/// The job and its lanes, before anything is confined: they come from the
+/// The job and what was passed with it, before anything is confined: they come from the
 /// daemon. `None`: it has ended.
-fn job(control: &UnixStream) -> Result<Option<(Job, Vec<UnixStream>)>> {
+fn job(control: &UnixStream) -> Result<Option<(Job, Vec<OwnedFd>)>> {
     let mut buf = [0; MAX_JOB];
     let received = sys::descriptors::receive(control, &mut buf);
-    let (len, lanes) = received
+    let (len, passed) = received
         .context(Reason::Internal, || "no job came over stdin")
         .map_err(|error| error.advice("workers are started by imaged itself"))?;
     if len == 0 {
@@ -77,7 +87,22 @@ fn job(control: &UnixStream) -> Result<Option<(Job, Vec<UnixStream>)>> {
     }
     let job = serde_json::from_slice(&buf[..len])
         .context(Reason::Internal, || "the job is not understood")?;
-    Ok(Some((job, lanes.into_iter().map(UnixStream::from).collect())))
+    Ok(Some((job, passed)))
+}
+
+/// The lanes, and for each its memory where the job has some.
+fn lanes(job: &Job, mut passed: Vec<OwnedFd>) -> Result<(Vec<UnixStream>, Vec<Mapped>)> {
+    let memory = match job.work {
+        Work::Fill { .. } => passed.pop(),
+        Work::Decode { .. } | Work::Attempt(_) => None,
+    };
+    let lanes: Vec<_> = passed.into_iter().map(UnixStream::from).collect();
+    let regions: io::Result<Vec<_>> = (memory.iter())
+        .flat_map(|memory| (0..lanes.len()).map(move |lane| (memory, lane)))
+        .map(|(memory, lane)| Mapped::new(memory.as_fd(), (lane * REGION) as u64, REGION))
+        .collect();
+    let regions = regions.context(Reason::Internal, || "the memory cannot be mapped")?;
+    Ok((lanes, regions))
 }
 
 /// The socket over which a worker tells how it stands.

@@ -175,6 +175,8 @@ fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
     };
     // To whom the socket is connected, and to nobody else.
     rules.insert(libc::SYS_sendto, vec![argument(4, SeccompCmpOp::Eq, 0)?]);
+    // std looks whether a descriptor is open before it closes it.
+    rules.insert(libc::SYS_fcntl, vec![argument(1, SeccompCmpOp::Eq, libc::F_GETFD)?]);
     // Memory that can be executed is never made.
     let code = libc::PROT_EXEC;
     let without_code = SeccompCmpOp::MaskedEq(u64::from(code.unsigned_abs()));

@@ -4,7 +4,7 @@
 //! frame   = kind (1 byte), length of the payload (4 bytes, little endian), payload
 //! control   ─► Job and the lanes' descriptors          ◄─ Confined | Refused
 //! lane      ─► Task ────────────────────────────────►
-//!                    ◄─ Read ◄─ Bytes …  ◄─ Opened, Extent …, Broken
+//!                    ◄─ Read ◄─ Bytes …  ◄─ Opened, Extent … or Filled …, Broken
 //!           ─► Task, or the end of the stream: no more tasks
 //! ```
 //!
@@ -20,6 +20,8 @@ use super::{attempt::Attempt, limits::Limits};
 pub const HEADER: usize = 5;
 /// Most that one [`FromWorker::Read`] may ask for: the unit of the digests.
 pub const MAX_READ: usize = 1 << 20;
+/// Most extents of a task that are decoded into memory.
+pub const SLOTS: u64 = 8;
 /// Longest text of a worker: a sentence and its causes.
 pub const MAX_TEXT: usize = 1024;
 /// Longest job: a few numbers.
@@ -39,6 +41,12 @@ pub struct Job {
 pub enum Work {
     /// Decodes an image; a lane for each thread.
     Decode {
+        /// Size of the object.
+        object_size: u64,
+    },
+    /// The same, into memory that comes behind the lanes: [`SLOTS`] extents
+    /// for each lane, where the extents of a task come in order.
+    Fill {
         /// Size of the object.
         object_size: u64,
     },
@@ -64,6 +72,20 @@ pub enum Held {
     Data,
     /// Nothing: it reads as zeroes.
     Zeroes,
+}
+
+impl Held {
+    fn byte(self) -> u8 {
+        u8::from(self == Self::Data)
+    }
+
+    fn of(payload: &[u8]) -> Result<Self, Nonsense> {
+        match payload {
+            [0] => Ok(Self::Zeroes),
+            [1] => Ok(Self::Data),
+            _ => Err(Nonsense("an extent is neither data nor zeroes")),
+        }
+    }
 }
 
 /// What the daemon sends.
@@ -93,6 +115,8 @@ pub enum FromWorker {
     },
     /// The next extent of the task is decoded.
     Extent(Held, [u8; 32]),
+    /// The next extent of the task is decoded, into its slot if it is data.
+    Filled(Held),
     /// The image is at fault.
     Broken(String),
     /// The outcome of an attempt that should not have had one.
@@ -166,8 +190,12 @@ impl FromWorker {
             }
             Self::Extent(held, digest) => {
                 header(out, 7, 33);
-                out.push(u8::from(*held == Held::Data));
+                out.push(held.byte());
                 out.extend(digest);
+            }
+            Self::Filled(held) => {
+                header(out, 8, 1);
+                out.push(held.byte());
             }
         }
     }
@@ -187,6 +215,7 @@ impl FromWorker {
             5 => len == 8,
             6 => len == 16,
             7 => len == 33,
+            8 => len == 1,
             _ => return Err(Nonsense("it sent a frame of no kind")),
         };
         if !allowed {
@@ -208,13 +237,10 @@ impl FromWorker {
                 }
                 Self::Read { offset: number(offset)?, len }
             }
+            8 => Self::Filled(Held::of(payload)?),
             _ => {
                 let (held, digest) = payload.split_at(1);
-                let held = match held {
-                    [0] => Held::Zeroes,
-                    [1] => Held::Data,
-                    _ => return Err(Nonsense("an extent is neither data nor zeroes")),
-                };
+                let held = Held::of(held)?;
                 let digest = digest.try_into().map_err(|_| Nonsense("a digest is too short"))?;
                 Self::Extent(held, digest)
             }
@@ -259,6 +285,9 @@ mod tests {
             text().prop_map(FromWorker::Said),
             any::<u64>().prop_map(FromWorker::Opened),
             (any::<u64>(), 1..=MAX_READ).prop_map(|(offset, len)| FromWorker::Read { offset, len }),
+            any::<bool>().prop_map(|data| {
+                FromWorker::Filled(if data { Held::Data } else { Held::Zeroes })
+            }),
             (any::<bool>(), any::<[u8; 32]>()).prop_map(|(data, digest)| {
                 FromWorker::Extent(if data { Held::Data } else { Held::Zeroes }, digest)
             }),
@@ -290,7 +319,7 @@ mod tests {
         /// further bytes.
         #[test]
         fn any_bytes_are_survived(
-            kind in 0..9_u8,
+            kind in 0..10_u8,
             len in prop_oneof![0..64_u32, any::<u32>()],
             payload in prop::collection::vec(any::<u8>(), 0..1100),
         ) {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::ByteSize;
+use crate::model::{ByteSize, image::EXTENT_SIZE};
 
 /// Longest time for which a worker may owe an answer without producing an
 /// extent. It runs at `SCHED_IDLE`: on a host whose cores are all busy it
@@ -48,6 +48,14 @@ impl Limits {
             address_space: ByteSize(FIXED + EACH_LANE * lanes as u64),
             processor_seconds: 60 + 60 * gib,
         }
+    }
+
+    /// For decoding into memory: the same, and that memory.
+    #[must_use]
+    pub fn for_filling(volume: ByteSize, lanes: usize) -> Self {
+        let limits = Self::for_decoding(volume, lanes);
+        let regions = super::frame::SLOTS * EXTENT_SIZE * lanes as u64;
+        Self { address_space: ByteSize(limits.address_space.get() + regions), ..limits }
     }
 
     /// For trying what must not be possible.

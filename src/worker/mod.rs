@@ -10,6 +10,7 @@
 //!   store ─► Server ──── lane: reads ────►  decoder, a thread a lane
 //!   expected digests ◄── lane: digests ──     │
 //!   compares, counts                          └ stderr: its last words
+//!     └ or copies out ◄─ shared memory: bytes
 //! ```
 //!
 //! The daemon serves what a worker reads, of one object and within its bounds,
@@ -45,21 +46,25 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::{attempt::Attempt, check::Tried};
 use self::{
-    frame::{Job, Work},
+    frame::{Job, SLOTS, Work},
     limits::{Limits, MAX_LANES, PATIENCE},
     line::{Break, Line, Watch},
     process::Process,
-    serve::{Cut, Server},
+    serve::{Cut, Output, Server},
 };
 use crate::{
     encode::{
         in_parallel,
         verify::{Parts, sums},
     },
-    error::{Error, Reason, Result},
+    error::{Context, Error, Reason, Result},
     format::qcow2::content,
-    model::image::Stored,
-    port::{Fault, Inspector, Meter, ReadAt},
+    model::{
+        ByteSize,
+        image::{EXTENT_SIZE, Stored},
+    },
+    port::{Fault, Inspector, Meter, ReadAt, Sink},
+    sys::shared::memory,
 };
 
 /// This program, also when its file was replaced or removed meanwhile.
@@ -108,49 +113,110 @@ impl Inspector for Workers {
             return Ok(Some(fault));
         }
         let volume = stored.virtual_size;
-        let extents = content::extent_count(volume.get()) as usize;
-        let lanes = threads.get().min(MAX_LANES).min(extents.max(1));
+        let lanes = lanes(volume, threads, MAX_LANES);
         // Ends with `stop`, and when one thread has found something.
         let watch = Watch::new(stop.child_token(), self.patience);
         let job = Job {
             limits: Limits::for_decoding(volume, lanes),
             work: Work::Decode { object_size: object.len() },
         };
-        let (process, _control, lines) = Process::start(&self.program, &job, lanes, &watch)?;
-        let verification = Verification {
-            parts: Parts::new(object, stored),
-            hashing: stop.child_token(),
-            lines: Mutex::new(lines),
-            server: Server {
-                object,
-                volume_size: volume.get(),
-                extent_digests,
-                meter,
-                watch: &watch,
-                task: serve::task_length(volume.get(), lanes),
-                next: AtomicU64::new(0),
-                allowance: AtomicU64::new(limits::reads(object.len(), volume.get(), lanes)),
-            },
+        let (process, _control, lines) = Process::start(&self.program, &job, lanes, None, &watch)?;
+        let server = Server {
+            object,
+            volume_size: volume.get(),
+            extent_digests,
+            output: Output::Digests,
+            meter,
+            watch: &watch,
+            task: serve::task_length(volume.get(), lanes, serve::TASK),
+            next: AtomicU64::new(0),
+            allowance: AtomicU64::new(limits::reads(object.len(), volume.get(), lanes)),
         };
-        let outcomes = in_parallel(threads, "verify", || Ok(verification.work()));
-        verification.conclude(outcomes, process, stop)
+        let parts = Some(Parts::new(object, stored));
+        Decoding::new(parts, lines, server, stop).run(threads, process, stop)
+    }
+
+    fn decode(
+        &self,
+        object: &dyn ReadAt,
+        stored: &Stored,
+        extent_digests: &[u8],
+        threads: NonZeroUsize,
+        sink: &dyn Sink,
+        meter: &Meter,
+        stop: &CancellationToken,
+    ) -> Result<Option<Fault>> {
+        if let Some(fault) = sums(object, stored, extent_digests) {
+            return Ok(Some(fault));
+        }
+        let volume = stored.virtual_size;
+        // One descriptor is the memory's.
+        let lanes = lanes(volume, threads, MAX_LANES - 1);
+        let watch = Watch::new(stop.child_token(), self.patience);
+        let job = Job {
+            limits: Limits::for_filling(volume, lanes),
+            work: Work::Fill { object_size: object.len() },
+        };
+        let memory = memory(lanes as u64 * SLOTS * EXTENT_SIZE)
+            .context(Reason::Internal, || "there is no memory to share with a worker")?;
+        let (process, _control, lines) =
+            Process::start(&self.program, &job, lanes, Some(&memory), &watch)?;
+        let server = Server {
+            object,
+            volume_size: volume.get(),
+            extent_digests,
+            output: Output::Sink { memory: &memory, sink },
+            meter,
+            watch: &watch,
+            task: serve::task_length(volume.get(), lanes, SLOTS),
+            next: AtomicU64::new(0),
+            allowance: AtomicU64::new(limits::reads(object.len(), volume.get(), lanes)),
+        };
+        Decoding::new(None, lines, server, stop).run(threads, process, stop)
     }
 }
 
-/// What the threads of one verification share: first the parts, as bytes,
-/// then the extents, each thread with a lane of the worker.
-struct Verification<'a> {
-    parts: Parts<'a>,
+/// How many lanes: one for each thread, `most` at most.
+fn lanes(volume: ByteSize, threads: NonZeroUsize, most: usize) -> usize {
+    let extents = content::extent_count(volume.get()) as usize;
+    threads.get().min(most).min(extents.max(1))
+}
+
+/// What the threads of one decoding share: first the parts, as bytes, where
+/// those are wanted, then the extents, each thread with a lane of the worker.
+struct Decoding<'a> {
+    parts: Option<Parts<'a>>,
     /// Ends the hashing of parts. An extent that differs does not: the part
     /// that another thread has in hand tells more.
     hashing: CancellationToken,
-    lines: Mutex<Vec<Line<'a>>>,
+    /// With their numbers.
+    lines: Mutex<Vec<(u64, Line<'a>)>>,
     server: Server<'a>,
 }
 
 type Outcome = Result<Option<Fault>, Cut>;
 
-impl Verification<'_> {
+impl<'a> Decoding<'a> {
+    fn new(
+        parts: Option<Parts<'a>>,
+        lines: Vec<Line<'a>>,
+        server: Server<'a>,
+        stop: &CancellationToken,
+    ) -> Self {
+        let lines = Mutex::new((0..).zip(lines).collect());
+        Self { parts, hashing: stop.child_token(), lines, server }
+    }
+
+    fn run(
+        self,
+        threads: NonZeroUsize,
+        process: Process,
+        stop: &CancellationToken,
+    ) -> Result<Option<Fault>> {
+        let outcomes = in_parallel(threads, "decode", || Ok(self.work()));
+        Self::conclude(outcomes, process, stop)
+    }
+
     fn work(&self) -> Outcome {
         let outcome = match self.parts() {
             Ok(None) => self.extents(),
@@ -167,13 +233,14 @@ impl Verification<'_> {
     }
 
     fn parts(&self) -> Outcome {
-        self.parts.hash(self.server.meter, &self.hashing).map_err(Cut::Store)
+        let Some(parts) = &self.parts else { return Ok(None) };
+        parts.hash(self.server.meter, &self.hashing).map_err(Cut::Failed)
     }
 
     fn extents(&self) -> Outcome {
         let line = self.lines.lock().unwrap_or_else(PoisonError::into_inner).pop();
         // More threads than lanes: there is nothing left for this one.
-        line.map_or(Ok(None), |mut line| self.server.serve(&mut line))
+        line.map_or(Ok(None), |(lane, mut line)| self.server.serve(lane, &mut line))
     }
 
     /// A fault is worth more than the error of another thread, and one of the
@@ -181,7 +248,6 @@ impl Verification<'_> {
     /// the daemon does, so that a failing store, or whoever said `stop`, is
     /// the cause of that; being stopped without either follows from any other.
     fn conclude(
-        self,
         outcomes: Vec<Result<Outcome>>,
         process: Process,
         stop: &CancellationToken,
@@ -200,7 +266,7 @@ impl Verification<'_> {
                         broken = Some(why);
                     }
                 }
-                Ok(Err(Cut::Store(failed))) | Err(failed) => {
+                Ok(Err(Cut::Failed(failed))) | Err(failed) => {
                     error = Some(graver(error, failed));
                 }
             }

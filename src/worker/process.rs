@@ -3,9 +3,13 @@
 
 use std::{
     fmt,
+    fs::File,
     io::Read,
     os::{
-        fd::OwnedFd, unix::net::UnixStream, unix::process::CommandExt, unix::process::ExitStatusExt,
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+        unix::process::CommandExt,
+        unix::process::ExitStatusExt,
     },
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
@@ -74,8 +78,9 @@ pub struct Ended {
 }
 
 impl Process {
-    /// Starts `program` as a worker for `job`, waits until it is confined, and
-    /// returns the daemon's ends of so many lanes and its control.
+    /// Starts `program` as a worker for `job`, which `memory` belongs to, waits
+    /// until it is confined, and returns the daemon's ends of so many lanes and
+    /// its control.
     ///
     /// Blocks, no longer than the watch's patience.
     ///
@@ -86,6 +91,7 @@ impl Process {
         program: &Path,
         job: &Job,
         lanes: usize,
+        memory: Option<&File>,
         watch: &'a Watch,
     ) -> Result<(Self, Line<'a>, Vec<Line<'a>>)> {
         let context = || "a worker's sockets cannot be made";
@@ -115,7 +121,8 @@ impl Process {
 
         let job = serde_json::to_vec(job).context(Reason::Internal, || "a job without words")?;
         // A worker that has ended already is told of below.
-        let _ = sys::descriptors::send(&control, &job, &far);
+        let passed: Vec<_> = far.iter().map(AsFd::as_fd).chain(memory.map(AsFd::as_fd)).collect();
+        let _ = sys::descriptors::send(&control, &job, &passed);
         drop(far);
         let mut control = Line::new(control, watch).context(Reason::Internal, context)?;
         let why = match control.receive() {

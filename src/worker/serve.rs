@@ -1,23 +1,41 @@
 //! Serving one lane: hands out tasks, reads the object for them, and compares
-//! what comes back.
+//! what comes back with what should.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use super::{
-    frame::{FromWorker, HEADER, Held, MAX_READ, Task, ToWorker},
+    frame::{FromWorker, HEADER, Held, MAX_READ, SLOTS, Task, ToWorker},
     line::{Break, Line, Watch},
 };
 use crate::{
     encode::verify::unreadable,
-    error::Error,
+    error::{Error, Reason},
     format::qcow2::content,
     model::image::EXTENT_SIZE,
-    port::{Fault, Meter, ReadAt, Undecodable},
+    port::{Fault, Meter, ReadAt, Sink, Undecodable},
 };
 
 /// Most extents of one task: neighbours lie near each other in the object,
 /// and the other threads are not left without work for long.
-const TASK: u64 = 16;
+pub const TASK: u64 = 16;
+
+/// Where decoded extents go.
+#[derive(Clone, Copy)]
+pub enum Output<'a> {
+    /// Nowhere: the worker tells their digests, which only it has computed.
+    Digests,
+    /// Into a sink.
+    Sink {
+        /// What all lanes decode into: see [`super::frame::Work::Fill`].
+        memory: &'a File,
+        /// Takes what was copied from there and is as it should be.
+        sink: &'a dyn Sink,
+    },
+}
 
 /// An object whose extents are to be decoded, and what they should be.
 pub struct Server<'a> {
@@ -27,6 +45,8 @@ pub struct Server<'a> {
     pub volume_size: u64,
     /// Digest of each extent, all of them.
     pub extent_digests: &'a [u8],
+    /// Where the extents go.
+    pub output: Output<'a>,
     /// Counts what was decoded.
     pub meter: &'a Meter,
     /// Whose waits the reads explain.
@@ -44,8 +64,8 @@ pub struct Server<'a> {
 pub enum Cut {
     /// Because of the worker.
     Worker(Break),
-    /// Because of the store.
-    Store(Error),
+    /// Because of the store, or of the sink.
+    Failed(Error),
 }
 
 impl From<Break> for Cut {
@@ -54,23 +74,24 @@ impl From<Break> for Cut {
     }
 }
 
-/// Extents of one task, so that `lanes` all have some.
-pub fn task_length(volume_size: u64, lanes: usize) -> u64 {
-    (content::extent_count(volume_size) / (4 * lanes as u64)).clamp(1, TASK)
+/// Extents of one task, `most` at most, so that `lanes` all have some.
+pub fn task_length(volume_size: u64, lanes: usize, most: u64) -> u64 {
+    (content::extent_count(volume_size) / (4 * lanes as u64)).clamp(1, most)
 }
 
 impl Server<'_> {
-    /// Serves a lane until no extent is left, or one differs.
+    /// Serves the lane of this number until no extent is left, or one differs.
     ///
     /// # Errors
     ///
     /// Any [`Cut`].
-    pub fn serve(&self, line: &mut Line<'_>) -> Result<Option<Fault>, Cut> {
+    pub fn serve(&self, lane: u64, line: &mut Line<'_>) -> Result<Option<Fault>, Cut> {
         let mut opened = false;
         let mut buf = Vec::new();
         while let Some(task) = self.next_task() {
             line.say(&ToWorker::Task(task))?;
             let mut index = task.first;
+            let mut zeroes = Zeroes { first: index, count: 0 };
             while index < task.first + task.count {
                 match line.receive()? {
                     FromWorker::Read { offset, len } => {
@@ -83,11 +104,29 @@ impl Server<'_> {
                         }
                         opened = true;
                     }
-                    FromWorker::Extent(held, digest) if opened => {
+                    FromWorker::Extent(held, digest)
+                        if opened && matches!(self.output, Output::Digests) =>
+                    {
                         line.satisfied();
                         if !self.is_expected(index, &digest) {
-                            return Ok(Some(Fault::Extent { offset: index * EXTENT_SIZE }));
+                            return Ok(Some(different(index)));
                         }
+                        self.count(index, held);
+                        index += 1;
+                    }
+                    FromWorker::Filled(held)
+                        if opened && let Output::Sink { memory, sink } = self.output =>
+                    {
+                        line.satisfied();
+                        let slot = lane * SLOTS + index - task.first;
+                        let taken = match held {
+                            Held::Data => self.take(memory, slot, index, sink)?,
+                            Held::Zeroes => self.take_zeroes(index),
+                        };
+                        if !taken {
+                            return Ok(Some(different(index)));
+                        }
+                        zeroes.add(index, held, sink)?;
                         self.count(index, held);
                         index += 1;
                     }
@@ -97,9 +136,33 @@ impl Server<'_> {
                     _ => return Err(Break::Nonsense("it spoke out of turn").into()),
                 }
             }
+            if let Output::Sink { sink, .. } = self.output {
+                zeroes.pass_on(sink)?;
+            }
         }
         line.finish();
         Ok(None)
+    }
+
+    /// Copies an extent out of `memory`, which the worker may change at any
+    /// time, and passes it on if it is what it should be.
+    fn take(&self, memory: &File, slot: u64, index: u64, sink: &dyn Sink) -> Result<bool, Cut> {
+        let len = content::extent_len(self.volume_size, index);
+        let mut room = sink.room().map_err(Cut::Failed)?;
+        let bytes = &mut room.bytes()[..len];
+        memory.read_exact_at(bytes, slot * EXTENT_SIZE).map_err(|cause| {
+            Cut::Failed(Error::new(Reason::Internal, "shared memory cannot be read").because(cause))
+        })?;
+        if !self.is_expected(index, &content::extent_digest(bytes)) {
+            return Ok(false);
+        }
+        room.write(index, len).map_err(Cut::Failed)?;
+        Ok(true)
+    }
+
+    fn take_zeroes(&self, index: u64) -> bool {
+        let len = content::extent_len(self.volume_size, index);
+        self.is_expected(index, &content::zeroes_digest(len))
     }
 
     fn next_task(&self) -> Option<Task> {
@@ -127,7 +190,7 @@ impl Server<'_> {
         self.watch.reading.fetch_add(1, Ordering::Relaxed);
         let outcome = self.object.read_at(&mut buf[HEADER..], offset);
         self.watch.reading.fetch_sub(1, Ordering::Relaxed);
-        outcome.map_err(|cause| Cut::Store(unreadable(offset, cause)))
+        outcome.map_err(|cause| Cut::Failed(unreadable(offset, cause)))
     }
 
     fn is_expected(&self, index: u64, digest: &[u8; content::DIGEST_SIZE]) -> bool {
@@ -142,6 +205,40 @@ impl Server<'_> {
             Held::Data => self.meter.add_read(len),
             Held::Zeroes => self.meter.add_skipped(len),
         }
+    }
+}
+
+/// An extent that is not what it should be.
+fn different(index: u64) -> Fault {
+    Fault::Extent { offset: index * EXTENT_SIZE }
+}
+
+/// A run of extents of zeroes that was not passed on yet.
+struct Zeroes {
+    first: u64,
+    count: u64,
+}
+
+impl Zeroes {
+    /// Extent `index`, the next one, holds this.
+    fn add(&mut self, index: u64, held: Held, sink: &dyn Sink) -> Result<(), Cut> {
+        match held {
+            Held::Zeroes => {
+                self.count += 1;
+                Ok(())
+            }
+            Held::Data => {
+                self.pass_on(sink)?;
+                self.first = index + 1;
+                Ok(())
+            }
+        }
+    }
+
+    fn pass_on(&mut self, sink: &dyn Sink) -> Result<(), Cut> {
+        let (first, count) = (self.first, std::mem::take(&mut self.count));
+        self.first += count;
+        if count == 0 { Ok(()) } else { sink.zeroes(first, count).map_err(Cut::Failed) }
     }
 }
 
@@ -184,18 +281,19 @@ mod tests {
             object: &object,
             volume_size: EXTENT_SIZE,
             extent_digests: &content::zeroes_digest(1 << 20),
+            output: Output::Digests,
             meter: &meter,
             watch: &watch,
             task: 1,
             next: AtomicU64::new(0),
             allowance: AtomicU64::new(2000),
         };
-        let outcome = server.serve(&mut Line::new(near, &watch).unwrap());
+        let outcome = server.serve(0, &mut Line::new(near, &watch).unwrap());
         let text = match outcome {
             Ok(None) => format!("well, {} skipped", meter.skipped()),
             Ok(Some(fault)) => fault.to_string(),
             Err(Cut::Worker(why)) => format!("{why:?}"),
-            Err(Cut::Store(error)) => error.report(),
+            Err(Cut::Failed(error)) => error.report(),
         };
         format!("{} reads: {text}", object.0.into_inner())
     }
@@ -241,7 +339,7 @@ mod tests {
     fn every_lane_gets_work() {
         for lanes in [1, 2, 7, 64] {
             for extents in [1, 2, 41, 4096] {
-                let task = task_length(extents * EXTENT_SIZE, lanes);
+                let task = task_length(extents * EXTENT_SIZE, lanes, TASK);
                 assert!((1..=TASK).contains(&task));
                 assert!(extents.div_ceil(task) >= extents.min(lanes as u64), "{lanes} {extents}");
             }

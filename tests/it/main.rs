@@ -26,6 +26,7 @@ mod oci_errors;
 mod oci_judge;
 mod par;
 mod qemu;
+mod restore;
 mod s3;
 mod service;
 mod sources;

@@ -24,7 +24,9 @@ use imaged::{
         instance_service_client::InstanceServiceClient,
         work_request_service_client::WorkRequestServiceClient,
     },
-    port::{BoxFuture, Delete, HeldVolume, ObjectReader, ObjectStore, Pace, Upload, Volumes},
+    port::{
+        BoxFuture, Delete, HeldVolume, ObjectReader, ObjectStore, Pace, Target, Upload, Volumes,
+    },
     worker::Workers,
 };
 
@@ -50,6 +52,10 @@ impl Volumes for NoVolumes {
         _: Pace,
     ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         self.hold(&source.volume)
+    }
+    fn target<'a>(&'a self, path: &'a Path, _: ByteSize) -> BoxFuture<'a, Result<Box<dyn Target>>> {
+        let error = Error::new(Reason::VolumeNotFound, format!("no volume {}", path.display()));
+        Box::pin(async { Err(error) })
     }
 }
 

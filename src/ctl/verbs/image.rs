@@ -130,7 +130,7 @@ fn create_request(args: ImageCreate) -> Result<pb::CreateImageRequest, Failure> 
     let OnReadError::Fail = args.on_read_error;
     let source = match (args.instance_id, args.boot_volume) {
         (Some(id), _) => Some(Source::InstanceId(id)),
-        (None, Some(path)) => Some(Source::BootVolume(absolute(&path)?)),
+        (None, Some(path)) => Some(Source::BootVolume(absolute("--boot-volume", &path)?)),
         (None, None) => None,
     };
     Ok(pb::CreateImageRequest {
@@ -156,15 +156,15 @@ fn snapshot_mode(mode: Option<Consistency>) -> i32 {
 }
 
 /// imaged has another working directory, so it is told whole paths.
-fn absolute(path: &Path) -> Result<String, Failure> {
+pub(super) fn absolute(option: &str, path: &Path) -> Result<String, Failure> {
     let wrong =
-        |why: &str| Failure::new(Exit::Usage, format!("--boot-volume {}: {why}", path.display()));
+        |why: &str| Failure::new(Exit::Usage, format!("{option} {}: {why}", path.display()));
     let path = std::path::absolute(path).map_err(|error| wrong("not a path").cause(error))?;
     path.into_os_string().into_string().map_err(|_| wrong("not UTF-8, which the API needs"))
 }
 
 /// The token that was given, or a new one: 128 random bits.
-fn token(given: Option<String>) -> Result<String, Failure> {
+pub(super) fn token(given: Option<String>) -> Result<String, Failure> {
     if let Some(token) = given {
         return Ok(token);
     }
@@ -180,7 +180,7 @@ fn token(given: Option<String>) -> Result<String, Failure> {
 }
 
 /// Whether imaged took the request is not known: the token finds out.
-fn ask_again(failure: Failure, token: &str) -> Failure {
+pub(super) fn ask_again(failure: Failure, token: &str) -> Failure {
     match failure.exit {
         Exit::Unreachable => failure.help(format!(
             "ask again with --retry-token {token}: what imaged took already is not done twice"
@@ -263,7 +263,7 @@ async fn rehearse(mut session: Session<'_, '_>, args: ImageCreate) -> Result<(),
 }
 
 /// Waits for `work`, and returns it as it is then.
-async fn waited(
+pub(super) async fn waited(
     session: &mut Session<'_, '_>,
     work: pb::WorkRequest,
     until: Until,

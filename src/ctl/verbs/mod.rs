@@ -4,6 +4,7 @@ mod host;
 mod image;
 mod instance;
 mod store;
+mod volume;
 mod work_request;
 
 use std::{future::Future, time::SystemTime};
@@ -17,6 +18,7 @@ use super::{
 use crate::model::Timestamp;
 
 pub(super) use image::confirm;
+pub(super) use volume::confirm as confirm_volume;
 
 /// What every verb has at hand.
 pub(super) struct Session<'s, 'c> {
@@ -99,6 +101,7 @@ pub(super) async fn run(session: Session<'_, '_>, noun: Noun) -> Result<(), Fail
         Noun::WorkRequest(verb) => work_request::run(session, verb).await,
         Noun::Host(verb) => host::run(session, verb).await,
         Noun::Store(verb) => store::run(session, verb).await,
+        Noun::Volume(verb) => volume::run(session, verb).await,
         // Done before there is a session.
         Noun::Completions { .. } | Noun::Man { .. } => Ok(()),
     }

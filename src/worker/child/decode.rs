@@ -1,7 +1,7 @@
-//! Decoding an image: the digests of what a guest would see.
+//! Decoding an image: what a guest would see, or its digests.
 
 use std::{
-    io,
+    io, iter,
     os::unix::net::UnixStream,
     sync::{Arc, Barrier, OnceLock},
     thread,
@@ -15,25 +15,36 @@ use crate::{
         image::{Content, Image, Map, ReadError},
     },
     model::image::EXTENT_SIZE,
+    sys::shared::Mapped,
     worker::frame::{FromWorker, Held, Task},
 };
 
 /// Decodes on a thread for each lane until the daemon has no more tasks.
-pub fn run(control: &Control, how: &str, lanes: Vec<UnixStream>, object_size: u64) -> Result<()> {
-    let lanes: Vec<Lane> = lanes.into_iter().map(|lane| Lane::new(lane, object_size)).collect();
-    let Some((own, others)) = lanes.split_first() else {
+/// With `regions`, one for each lane, into those.
+pub fn run(
+    control: &Control,
+    how: &str,
+    lanes: Vec<UnixStream>,
+    regions: Vec<Mapped>,
+    object_size: u64,
+) -> Result<()> {
+    let regions = regions.into_iter().map(Some).chain(iter::repeat_with(|| None));
+    let mut lanes = (lanes.into_iter().zip(regions))
+        .map(|(lane, region)| (Lane::new(lane, object_size), Into::from(region)));
+    let Some(own) = lanes.next() else {
         return Err(Error::new(Reason::Internal, "a worker without lanes"));
     };
+    let others: Vec<_> = lanes.collect();
     let shared = OnceLock::new();
     // A new thread makes calls of its own, which the filter does not allow:
     // all must be there before it, and none may work before it.
-    let (started, sealed) = (Barrier::new(lanes.len()), OnceLock::new());
+    let (started, sealed) = (Barrier::new(1 + others.len()), OnceLock::new());
     thread::scope(|scope| {
-        for (index, lane) in others.iter().enumerate() {
+        for (index, (lane, into)) in others.into_iter().enumerate() {
             let (shared, started, sealed) = (&shared, &started, &sealed);
             let body = move || {
                 started.wait();
-                if *sealed.wait() { work(lane, shared) } else { Ok(()) }
+                if *sealed.wait() { work(&lane, into, shared) } else { Ok(()) }
             };
             let name = format!("decode-{}", index + 1);
             // The process ends: who waits at the barrier need not be told.
@@ -45,15 +56,61 @@ pub fn run(control: &Control, how: &str, lanes: Vec<UnixStream>, object_size: u6
         started.wait();
         let outcome = control.seal(how);
         let _ = sealed.set(outcome.is_ok());
-        outcome.and_then(|()| work(own, &shared))
+        outcome.and_then(|()| work(&own.0, own.1, &shared))
     })
 }
 
 /// What the threads share: read by the first that needs it.
 type Shared = OnceLock<Result<Arc<Map>, ReadError>>;
 
-fn work(lane: &Lane, shared: &Shared) -> Result<()> {
-    match tasks(lane, shared) {
+/// Where extents are decoded.
+enum Into {
+    /// Into the one buffer, for their digests.
+    Digests(Vec<u8>),
+    /// Into memory that the daemon reads.
+    Memory(Mapped),
+}
+
+impl From<Option<Mapped>> for Into {
+    fn from(region: Option<Mapped>) -> Self {
+        region.map_or_else(|| Self::Digests(vec![0; EXTENT_SIZE as usize]), Self::Memory)
+    }
+}
+
+impl Into {
+    /// Decodes `len` bytes, the task's `nth` extent, with `read`, and says
+    /// what came of it.
+    fn decode(
+        &mut self,
+        nth: u64,
+        len: usize,
+        read: impl FnOnce(&mut [u8]) -> Result<Content, ReadError>,
+    ) -> Result<FromWorker, Ended> {
+        let (memory, start) = match self {
+            Self::Digests(buf) => (&mut buf[..], 0),
+            Self::Memory(region) => (&mut region[..], nth as usize * EXTENT_SIZE as usize),
+        };
+        let Some(bytes) = memory.get_mut(start..start + len) else {
+            return Err(Ended::Lane(io::ErrorKind::InvalidInput.into()));
+        };
+        let held = match read(bytes).map_err(|error| Ended::from(&error))? {
+            Content::Data => Held::Data,
+            Content::Zeroes => Held::Zeroes,
+        };
+        Ok(match (self, held) {
+            (Self::Memory(_), held) => FromWorker::Filled(held),
+            (Self::Digests(_), Held::Zeroes) => {
+                FromWorker::Extent(held, content::zeroes_digest(len))
+            }
+            (Self::Digests(buf), Held::Data) => {
+                FromWorker::Extent(held, content::extent_digest(&buf[..len]))
+            }
+        })
+    }
+}
+
+fn work(lane: &Lane, into: Into, shared: &Shared) -> Result<()> {
+    match tasks(lane, into, shared) {
         Ok(()) => Ok(()),
         Err(Ended::Broken(why)) => {
             lane.push(&FromWorker::Broken(why));
@@ -83,25 +140,19 @@ impl From<&ReadError> for Ended {
     }
 }
 
-fn tasks(lane: &Lane, shared: &Shared) -> Result<(), Ended> {
+fn tasks(lane: &Lane, mut into: Into, shared: &Shared) -> Result<(), Ended> {
     let Some(mut task) = lane.next_task().map_err(Ended::Lane)? else { return Ok(()) };
     let map = shared.get_or_init(|| Map::read(lane).map(Arc::new));
     let map = map.as_ref().map_err(Ended::from)?;
     lane.push(&FromWorker::Opened(map.header().virtual_size));
     let mut image = Image::with_map(lane, Arc::clone(map)).map_err(|error| Ended::from(&error))?;
-    let mut buf = vec![0; EXTENT_SIZE as usize];
     loop {
         let Task { first, count, volume_size } = task;
         for index in first..first + count {
-            let buf = &mut buf[..content::extent_len(volume_size, index)];
-            let held = image.read_at(buf, index * EXTENT_SIZE);
-            let extent = match held.map_err(|error| Ended::from(&error))? {
-                Content::Zeroes => {
-                    FromWorker::Extent(Held::Zeroes, content::zeroes_digest(buf.len()))
-                }
-                Content::Data => FromWorker::Extent(Held::Data, content::extent_digest(buf)),
-            };
-            lane.push(&extent);
+            let len = content::extent_len(volume_size, index);
+            let told =
+                into.decode(index - first, len, |bytes| image.read_at(bytes, index * EXTENT_SIZE))?;
+            lane.push(&told);
         }
         match lane.next_task().map_err(Ended::Lane)? {
             Some(next) => task = next,
