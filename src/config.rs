@@ -72,6 +72,11 @@ pub struct Config {
     /// instances need not lie in them.
     #[serde(deserialize_with = "absolute_paths")]
     pub boot_volume_dirs: Vec<PathBuf>,
+    /// Directories in which a volume must lie, at any depth, for an image to
+    /// be restored to it. Default: none, because whoever may call could
+    /// otherwise write over every idle disk of the host.
+    #[serde(deserialize_with = "absolute_paths")]
+    pub restore_dirs: Vec<PathBuf>,
     /// Compartment of instances and images that name none. Default:
     /// `default`.
     pub default_compartment: CompartmentId,
@@ -137,6 +142,7 @@ impl Default for Config {
             state_dir: "/var/lib/imaged".into(),
             instances_dir: "/etc/imaged/instances.d".into(),
             boot_volume_dirs: Vec::new(),
+            restore_dirs: Vec::new(),
             default_compartment: CompartmentId::default(),
             encode_threads: EncodeThreads::Share,
             read_depth: values::DEFAULT_READ_DEPTH,
@@ -387,7 +393,7 @@ mod tests {
 
     #[test]
     fn an_unknown_key_names_file_line_and_key() {
-        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `scratch_dir`, `scratch_size`, `read_rate`, `latency_percent`, `progress_timeout_seconds`, `default_store`, `stores`");
+        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `restore_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `scratch_dir`, `scratch_size`, `read_rate`, `latency_percent`, `progress_timeout_seconds`, `default_store`, `stores`");
     }
 
     #[test]

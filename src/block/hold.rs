@@ -46,10 +46,10 @@ pub(super) fn hold(
     settings: ReaderSettings,
     asked: &Path,
 ) -> Result<Held> {
-    let named = Named::look_up(asked, allowed)?;
+    let named = Named::look_up(asked, allowed, Purpose::Read)?;
     let (path, identity) = (named.path.clone(), named.identity);
     let subject = subject(host, &named)?;
-    let Opened { file, size, sector_size } = claim(host, &named, &subject, Purpose::Read)?;
+    let Opened { file, size, sector_size } = claim(host, &named, &subject)?;
     let backing = backing_file(host, &file, identity, size);
     let backing_file = backing.as_ref().map(|backing| &backing.file);
     let lock = qemu_lock::lock_against_writers;
@@ -64,15 +64,10 @@ pub(super) fn hold(
 }
 
 /// Opens what nobody else has.
-pub(super) fn claim(
-    host: &Host,
-    named: &Named,
-    subject: &Subject,
-    purpose: Purpose,
-) -> Result<Opened> {
+pub(super) fn claim(host: &Host, named: &Named, subject: &Subject) -> Result<Opened> {
     let mut tries = 0;
     loop {
-        if let Some(opened) = named.open(purpose)? {
+        if let Some(opened) = named.open()? {
             return Ok(opened);
         }
         match user(host, subject, Openers::Everyone, &named.path)? {
@@ -123,7 +118,7 @@ pub(super) fn beside(
     asked: &Path,
     qemu: Option<u32>,
 ) -> Result<Source> {
-    let named = Named::look_up(asked, allowed)?;
+    let named = Named::look_up(asked, allowed, Purpose::ReadBesideGuest)?;
     // A QEMU in another namespace cannot be told from others.
     if let Some(qemu) = qemu {
         let subject = subject(host, &named)?;
@@ -131,7 +126,7 @@ pub(super) fn beside(
             return Err(held(&named.path, &other));
         }
     }
-    let Some(opened) = named.open(Purpose::ReadBesideGuest)? else {
+    let Some(opened) = named.open()? else {
         return Err(held(&named.path, &Holder::Claimed));
     };
     let backing = backing_file(host, &opened.file, named.identity, opened.size);

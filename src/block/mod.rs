@@ -67,6 +67,8 @@ const OPENINGS: usize = 16;
 #[derive(Debug)]
 pub struct HostVolumes {
     allowed: Arc<[PathBuf]>,
+    /// Where images may be restored to.
+    targets: Arc<[PathBuf]>,
     settings: ReaderSettings,
     host: Host,
     /// Threads that open a volume at once.
@@ -80,7 +82,16 @@ impl HostVolumes {
     #[must_use]
     pub fn new(allowed_dirs: Vec<PathBuf>, settings: ReaderSettings) -> Self {
         let openings = Arc::new(Semaphore::new(OPENINGS));
-        Self { allowed: allowed_dirs.into(), settings, host: Host::default(), openings }
+        let (allowed, targets) = (allowed_dirs.into(), Arc::default());
+        Self { allowed, targets, settings, host: Host::default(), openings }
+    }
+
+    /// Images may be restored to volumes within `dirs` (`restore_dirs`): by
+    /// default to none.
+    #[must_use]
+    pub fn restoring_to(mut self, dirs: Vec<PathBuf>) -> Self {
+        self.targets = dirs.into();
+        self
     }
 }
 
@@ -99,10 +110,10 @@ impl HostVolumes {
     async fn open<V: Send + 'static>(
         &self,
         volume: &Path,
+        allowed: &Arc<[PathBuf]>,
         open: impl FnOnce(&Host, &[PathBuf], ReaderSettings) -> Result<V> + Send + 'static,
     ) -> Result<V> {
-        let (allowed, settings, host) =
-            (Arc::clone(&self.allowed), self.settings, self.host.clone());
+        let (allowed, settings, host) = (Arc::clone(allowed), self.settings, self.host.clone());
         let openings = Arc::clone(&self.openings);
         let work = async {
             // Held by the thread, not by who waits for it.
@@ -138,7 +149,7 @@ impl HostVolumes {
 impl Volumes for HostVolumes {
     fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let asked = path.to_owned();
-        Box::pin(self.open(path, move |host, allowed, settings| {
+        Box::pin(self.open(path, &self.allowed, move |host, allowed, settings| {
             let held = hold(host, allowed, settings, &asked)?;
             Ok(Box::new(held) as Box<dyn HeldVolume>)
         }))
@@ -151,7 +162,7 @@ impl Volumes for HostVolumes {
     ) -> BoxFuture<'a, Result<Box<dyn Target>>> {
         let asked = path.to_owned();
         Box::pin(async move {
-            let target = self.open(path, move |host, allowed, settings| {
+            let target = self.open(path, &self.targets, move |host, allowed, settings| {
                 let target = target::target(host, allowed, settings, &asked, size)?;
                 Ok(Box::new(target) as Box<dyn Target>)
             });
@@ -165,7 +176,7 @@ impl Volumes for HostVolumes {
         pace: Pace,
     ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let from = source.clone();
-        Box::pin(self.open(&source.volume, move |host, allowed, settings| {
+        Box::pin(self.open(&source.volume, &self.allowed, move |host, allowed, settings| {
             let live = Live::open(host, allowed, settings, &from, pace)?;
             Ok(Box::new(live) as Box<dyn HeldVolume>)
         }))

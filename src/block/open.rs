@@ -42,6 +42,7 @@ const FILE_SECTOR: u32 = 4096;
 pub(super) struct Named {
     /// `O_PATH`: nothing has been opened yet.
     found: OwnedFd,
+    purpose: Purpose,
     /// Where it really is.
     pub(super) path: PathBuf,
     pub(super) identity: Identity,
@@ -58,6 +59,19 @@ pub(super) enum Purpose {
     Overwrite,
 }
 
+impl Purpose {
+    /// The key of the configuration that allows it, and what its directories
+    /// are called.
+    fn directories(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Read | Self::ReadBesideGuest => {
+                ("boot_volume_dirs", "the directories of volumes")
+            }
+            Self::Overwrite => ("restore_dirs", "the directories that may be restored to"),
+        }
+    }
+}
+
 /// How to open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cache {
@@ -69,7 +83,7 @@ impl Named {
     /// Looks `path` up and checks that it is a volume in one of `allowed`:
     /// first its words, so that what is said of a path outside never depends
     /// on what is there, and then where it really leads.
-    pub(super) fn look_up(path: &Path, allowed: &[PathBuf]) -> Result<Self> {
+    pub(super) fn look_up(path: &Path, allowed: &[PathBuf], purpose: Purpose) -> Result<Self> {
         let allowed_now: Vec<_> =
             allowed.iter().filter_map(|directory| fs::canonicalize(directory).ok()).collect();
         let is_below =
@@ -78,7 +92,7 @@ impl Named {
         let inside = is_below(path, allowed) || is_below(path, &allowed_now);
         // An instance's own volume may be written in any way.
         if (climbs || !inside) && !allowed.iter().any(|volume| volume == path) {
-            return Err(not_allowed(path, allowed));
+            return Err(not_allowed(path, allowed, purpose));
         }
         let found = open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty());
         let found = match found {
@@ -86,7 +100,7 @@ impl Named {
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {
                 let ends: Vec<_> = allowed.iter().chain(&allowed_now).collect();
                 return Err(if passes_a_link(path, &ends) {
-                    leads_out(path)
+                    leads_out(path, purpose)
                 } else {
                     Error::new(
                         Reason::VolumeNotFound,
@@ -103,7 +117,7 @@ impl Named {
         let real = fs::read_link(descriptor(&found))
             .map_err(|error| unavailable(path, "find").because(error))?;
         if !is_below(&real, &allowed_now) {
-            return Err(leads_out(path));
+            return Err(leads_out(path, purpose));
         }
         let stat = fstat(&found).map_err(|error| unavailable(&real, "find").because(error))?;
         let identity = match kind(&stat) {
@@ -115,7 +129,7 @@ impl Named {
                     .advice("name a block device or a file with a raw disk image"));
             }
         };
-        Ok(Self { found, path: real, identity })
+        Ok(Self { found, purpose, path: real, identity })
     }
 
     /// Opens it for direct reads or writes. What nobody else may have is
@@ -124,7 +138,8 @@ impl Named {
     ///
     /// A regular file on a filesystem without direct I/O (tmpfs on older
     /// kernels) goes through the page cache.
-    pub(super) fn open(&self, purpose: Purpose) -> Result<Option<Opened>> {
+    pub(super) fn open(&self) -> Result<Option<Opened>> {
+        let purpose = self.purpose;
         let error = |error| unavailable(&self.path, "open").because(error);
         let (file, size, sector_size) = match self.identity {
             Identity::BlockDevice(_) => {
@@ -132,7 +147,7 @@ impl Named {
                     Purpose::Read | Purpose::Overwrite => libc::O_EXCL,
                     Purpose::ReadBesideGuest => 0,
                 };
-                let file = match self.reopen(purpose, libc::O_DIRECT | exclusive) {
+                let file = match self.reopen(libc::O_DIRECT | exclusive) {
                     Ok(file) => file,
                     Err(busy) if busy.kind() == io::ErrorKind::ResourceBusy => return Ok(None),
                     Err(other) => return Err(error(other)),
@@ -143,11 +158,11 @@ impl Named {
             }
             Identity::File { .. } => {
                 let (mut cache, mut sector_size) = (Cache::Around, FILE_SECTOR);
-                let mut file = match self.reopen(purpose, libc::O_DIRECT) {
+                let mut file = match self.reopen(libc::O_DIRECT) {
                     Ok(file) => file,
                     Err(refused) if refused.kind() == io::ErrorKind::InvalidInput => {
                         cache = Cache::Through;
-                        self.reopen(purpose, 0).map_err(error)?
+                        self.reopen(0).map_err(error)?
                     }
                     Err(other) => return Err(error(other)),
                 };
@@ -159,7 +174,7 @@ impl Named {
                     DirectReads::Unsupported | DirectReads::Aligned { .. }
                         if cache == Cache::Around =>
                     {
-                        file = self.reopen(purpose, 0).map_err(error)?;
+                        file = self.reopen(0).map_err(error)?;
                     }
                     _ => {}
                 }
@@ -177,9 +192,9 @@ impl Named {
     }
 
     /// Opens what was found, whatever its path leads to by now.
-    fn reopen(&self, purpose: Purpose, flags: libc::c_int) -> io::Result<File> {
+    fn reopen(&self, flags: libc::c_int) -> io::Result<File> {
         let mut options = File::options();
-        options.read(true).write(purpose == Purpose::Overwrite).custom_flags(flags);
+        options.read(true).write(self.purpose == Purpose::Overwrite).custom_flags(flags);
         options.open(descriptor(&self.found))
     }
 }
@@ -287,8 +302,9 @@ fn kind(stat: &FileStat) -> Result<Identity, &'static str> {
     })
 }
 
-fn not_allowed(path: &Path, allowed: &[PathBuf]) -> Error {
-    let mut sentence = format!("{} is in none of the directories of volumes: ", path.display());
+fn not_allowed(path: &Path, allowed: &[PathBuf], purpose: Purpose) -> Error {
+    let (key, directories) = purpose.directories();
+    let mut sentence = format!("{} is in none of {directories}: ", path.display());
     for (number, directory) in allowed.iter().enumerate() {
         let separator = if number == 0 { "" } else { ", " };
         let _ = write!(sentence, "{separator}{}", directory.display());
@@ -298,16 +314,16 @@ fn not_allowed(path: &Path, allowed: &[PathBuf]) -> Error {
     }
     Error::new(Reason::VolumeNotAllowed, sentence)
         .field("boot_volume")
-        .advice("add its directory to boot_volume_dirs in the configuration of imaged")
+        .advice(format!("add its directory to {key} in the configuration of imaged"))
 }
 
 /// One sentence for both, so that a link tells nothing of what is outside.
-fn leads_out(path: &Path) -> Error {
-    let sentence =
-        format!("{} leads out of the directories of volumes, or to nothing", path.display());
-    Error::new(Reason::VolumeNotAllowed, sentence).field("boot_volume").advice(
-        "a logical volume must be active; where a link leads must be in boot_volume_dirs too",
-    )
+fn leads_out(path: &Path, purpose: Purpose) -> Error {
+    let (key, directories) = purpose.directories();
+    let sentence = format!("{} leads out of {directories}, or to nothing", path.display());
+    Error::new(Reason::VolumeNotAllowed, sentence)
+        .field("boot_volume")
+        .advice(format!("a logical volume must be active; where a link leads must be in {key} too"))
 }
 
 fn unavailable(path: &Path, verb: &str) -> Error {

@@ -76,7 +76,7 @@ pub(super) fn target(
     size: ByteSize,
 ) -> Result<Target> {
     let size = size.get();
-    let named = match Named::look_up(asked, allowed) {
+    let named = match Named::look_up(asked, allowed, Purpose::Overwrite) {
         Err(error) if error.reason() == Reason::VolumeNotFound => {
             let missing = Missing::look_up(asked, allowed).ok_or(error)?;
             let path = missing.path.clone();
@@ -86,7 +86,7 @@ pub(super) fn target(
     };
     let (path, identity) = (named.path.clone(), named.identity);
     let subject = hold::subject(host, &named)?;
-    let opened = claim(host, &named, &subject, Purpose::Overwrite)?;
+    let opened = claim(host, &named, &subject)?;
     let backing = hold::backing_file(host, &opened.file, identity, opened.size);
     let backing = backing.map(|backing| backing.file);
     let (files, lock) = ([Some(&opened.file), backing.as_ref()], qemu_lock::lock_against_all);

@@ -42,7 +42,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     Ok(Parts {
         clock: Arc::clone(&clock),
         hypervisor: Arc::new(QemuHost::new(config.scratch_dir)),
-        volumes: Arc::new(HostVolumes::new(allowed, reader)),
+        volumes: Arc::new(HostVolumes::new(allowed, reader).restoring_to(config.restore_dirs)),
         stores: stores.collect(),
         inspector: Arc::new(workers),
         features: vec![io_uring, confinement],

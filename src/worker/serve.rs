@@ -247,12 +247,14 @@ mod tests {
     use std::{
         io::{self, Write},
         os::unix::net::UnixStream,
+        sync::Mutex,
         time::Duration,
     };
 
     use tokio_util::sync::CancellationToken;
 
     use super::*;
+    use crate::{error::Result, port::Room};
 
     /// 1000 bytes, and how often they were read.
     struct Counting(AtomicU64);
@@ -266,6 +268,98 @@ mod tests {
             self.0.fetch_add(1, Ordering::Relaxed);
             Ok(())
         }
+    }
+
+    /// Keeps what comes.
+    #[derive(Default)]
+    struct Kept(Mutex<Vec<String>>);
+
+    struct Place<'a>(&'a Kept, Vec<u8>);
+
+    impl Sink for Kept {
+        fn room(&self) -> Result<Box<dyn Room + '_>> {
+            Ok(Box::new(Place(self, vec![9; EXTENT_SIZE as usize])))
+        }
+
+        fn zeroes(&self, first: u64, count: u64) -> Result<()> {
+            self.0.lock().unwrap().push(format!("{count} zeroes at {first}"));
+            Ok(())
+        }
+
+        fn finish(self: Box<Self>, _: &Meter) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Room for Place<'_> {
+        fn bytes(&mut self) -> &mut [u8] {
+            &mut self.1
+        }
+
+        fn write(self: Box<Self>, index: u64, len: usize) -> Result<()> {
+            let same = self.1[..len].iter().all(|byte| *byte == self.1[0]);
+            let text = format!("{len} times {} at {index}: {same}", self.1[0]);
+            self.0.0.lock().unwrap().push(text);
+            Ok(())
+        }
+    }
+
+    /// What becomes of a worker that fills memory with 7 and says this. The
+    /// volume is an extent of 7, two of zeroes, and half of one of 7.
+    fn fills(said: &[FromWorker]) -> String {
+        let watch = Watch::new(CancellationToken::new(), Duration::from_millis(200));
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let mut bytes = Vec::new();
+        said.iter().for_each(|message| message.encode(&mut bytes));
+        far.write_all(&bytes).unwrap();
+        let memory = crate::sys::shared::memory(SLOTS * EXTENT_SIZE).unwrap();
+        for slot in 0..SLOTS {
+            memory.write_all_at(&vec![7; EXTENT_SIZE as usize], slot * EXTENT_SIZE).unwrap();
+        }
+        let (object, meter) = (Counting(AtomicU64::new(0)), Meter::default());
+        let (whole, half) = (vec![7; EXTENT_SIZE as usize], vec![7; EXTENT_SIZE as usize / 2]);
+        let zeroes = content::zeroes_digest(1 << 20);
+        let digests =
+            [content::extent_digest(&whole), zeroes, zeroes, content::extent_digest(&half)]
+                .concat();
+        let kept = Kept::default();
+        let server = Server {
+            object: &object,
+            volume_size: 3 * EXTENT_SIZE + EXTENT_SIZE / 2,
+            extent_digests: &digests,
+            output: Output::Sink { memory: &memory, sink: &kept },
+            meter: &meter,
+            watch: &watch,
+            task: SLOTS,
+            next: AtomicU64::new(0),
+            allowance: AtomicU64::new(2000),
+        };
+        let outcome = server.serve(0, &mut Line::new(near, &watch).unwrap());
+        let text = match outcome {
+            Ok(None) => format!("well, {} read, {} skipped", meter.read(), meter.skipped()),
+            Ok(Some(fault)) => fault.to_string(),
+            Err(Cut::Worker(why)) => format!("{why:?}"),
+            Err(Cut::Failed(error)) => error.report(),
+        };
+        format!("{text}: {}", kept.0.into_inner().unwrap().join(", "))
+    }
+
+    #[test]
+    fn only_what_has_its_digest_is_passed_on() {
+        use FromWorker::{Extent, Filled, Opened};
+        let open = || Opened(3 * EXTENT_SIZE + EXTENT_SIZE / 2);
+        let (data, zeroes) = (|| Filled(Held::Data), || Filled(Held::Zeroes));
+        let cases = [
+            vec![open(), data(), zeroes(), zeroes(), data()],
+            vec![open(), zeroes()],
+            vec![open(), data(), data()],
+            vec![open(), data(), zeroes(), zeroes(), zeroes()],
+            vec![open(), Extent(Held::Data, content::extent_digest(&[7; 1 << 20]))],
+            vec![data()],
+            vec![open(), data()],
+        ];
+        let filled: Vec<_> = cases.iter().map(|said| fills(said)).collect();
+        insta::assert_snapshot!(filled.join("\n"), @"");
     }
 
     /// What becomes of a worker that says this, whatever it is told. The
@@ -316,6 +410,7 @@ mod tests {
             vec![read(1000, 1)],
             vec![read(0, 1000), read(0, 1000), read(0, 1)],
             vec![Broken("told so".into())],
+            vec![open(), FromWorker::Filled(Held::Zeroes)],
             vec![open()],
         ];
         let heard: Vec<_> = cases.iter().map(|said| hears(said)).collect();
@@ -331,6 +426,7 @@ mod tests {
         0 reads: Nonsense("it wants bytes beyond the object's end")
         2 reads: Nonsense("it reads more than any image of this size needs")
         0 reads: the object cannot be decoded
+        0 reads: Nonsense("it spoke out of turn")
         0 reads: Silent
         "#);
     }

@@ -9,13 +9,24 @@ use std::{
 };
 
 use crate::{
-    image::daemon,
     lab::{Config, Daemon, Loop, Mount, noise, run, scratch, sparse_file, text, wait_for},
     proxy::{Fault, FaultPlan, FaultProxy},
     weed::Weed,
 };
 
 const MIB: u64 = 1 << 20;
+
+/// A configuration with which volumes in `dirs` are read and written.
+fn config(dirs: &[&Path], more: &str) -> Config {
+    let lines = format!(
+        "boot_volume_dirs = {dirs:?}\nrestore_dirs = {dirs:?}\nencode_threads = \"all\"\n{more}"
+    );
+    Config { lines, ..Config::default() }
+}
+
+fn daemon(dir: &Path) -> Daemon {
+    Daemon::start(&config(&[Path::new("/dev"), dir], ""))
+}
 
 /// A volume with noise, text and holes, and its image.
 fn imaged(daemon: &Daemon, dir: &Path, noisy: u64, tail: u64) -> (PathBuf, String) {
@@ -153,15 +164,15 @@ fn root_what_cannot_be_restored_is_refused_and_nothing_is_touched() {
       retry: in 30s
       help: shut the instance down or end sleep (pid P)
 
-    imagectl: /etc/passwd is in none of the directories of volumes: /dev, DIR
+    imagectl: /etc/passwd is in none of the directories that may be restored to: /dev, DIR
       at --to
       reason: VOLUME_NOT_ALLOWED
-      help: add its directory to boot_volume_dirs in the configuration of imaged
+      help: add its directory to restore_dirs in the configuration of imaged
 
-    imagectl: /etc/imaged-new.raw is in none of the directories of volumes: /dev, DIR
+    imagectl: /etc/imaged-new.raw is in none of the directories that may be restored to: /dev, DIR
       at --to
       reason: VOLUME_NOT_ALLOWED
-      help: add its directory to boot_volume_dirs in the configuration of imaged
+      help: add its directory to restore_dirs in the configuration of imaged
 
     imagectl: there is no volume /dev/vg0/wbe-1
       at --to
@@ -267,12 +278,7 @@ fn root_a_restore_that_is_broken_off_boots_nothing_and_can_be_repeated() {
     let dir = tempfile::tempdir_in(scratch()).unwrap();
     let weed = Weed::start();
     let proxy = FaultProxy::start(weed.address());
-    let lines = format!(
-        "boot_volume_dirs = [{:?}]\n{}",
-        dir.path(),
-        weed.config(proxy.address(), dir.path())
-    );
-    let config = Config { lines, ..Config::default() };
+    let config = config(&[dir.path()], &weed.config(proxy.address(), dir.path()));
     let first = Daemon::start(&config);
     let (original, image) = imaged(&first, dir.path(), 100, 0);
     // Reads of the object take their time.
@@ -314,8 +320,7 @@ fn root_a_restore_that_is_broken_off_boots_nothing_and_can_be_repeated() {
 fn root_a_full_filesystem_fails_the_restore_and_gets_its_room_back() {
     let dir = tempfile::tempdir_in(scratch()).unwrap();
     let mount = Mount::new("ext4", 64 * MIB);
-    let lines = format!("boot_volume_dirs = [{:?}, {:?}]", dir.path(), mount.at.path());
-    let daemon = Daemon::start(&Config { lines, ..Config::default() });
+    let daemon = Daemon::start(&config(&[dir.path(), mount.at.path()], ""));
     let (_, image) = imaged(&daemon, dir.path(), 100, 0);
     let free = || run("stat", &["--file-system", "--format=%f", mount.at.path().to_str().unwrap()]);
     let before = free();
@@ -330,9 +335,8 @@ fn root_a_full_filesystem_fails_the_restore_and_gets_its_room_back() {
 fn root_s3_an_image_is_restored_from_a_bucket() {
     let dir = tempfile::tempdir_in(scratch()).unwrap();
     let weed = Weed::start();
-    let config = weed.config(weed.address(), dir.path());
-    let lines = format!("boot_volume_dirs = [\"/dev\", {:?}]\n{config}", dir.path());
-    let daemon = Daemon::start(&Config { lines, ..Config::default() });
+    let bucket = weed.config(weed.address(), dir.path());
+    let daemon = Daemon::start(&config(&[Path::new("/dev"), dir.path()], &bucket));
     let (original, image) = imaged(&daemon, dir.path(), 60, 0);
     let device = used_device(dir.path(), &original, 0, 512);
     restored(&daemon, &image, &device.device);
