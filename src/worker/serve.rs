@@ -341,7 +341,7 @@ mod tests {
             Err(Cut::Worker(why)) => format!("{why:?}"),
             Err(Cut::Failed(error)) => error.report(),
         };
-        format!("{text}: {}", kept.0.into_inner().unwrap().join(", "))
+        format!("{:?} was kept: {text}", kept.0.into_inner().unwrap())
     }
 
     #[test]
@@ -359,7 +359,15 @@ mod tests {
             vec![open(), data()],
         ];
         let filled: Vec<_> = cases.iter().map(|said| fills(said)).collect();
-        insta::assert_snapshot!(filled.join("\n"), @"");
+        insta::assert_snapshot!(filled.join("\n"), @r#"
+        ["1048576 times 7 at 0: true", "524288 times 7 at 3: true", "2 zeroes at 1"] was kept: well, 1572864 read, 2097152 skipped
+        [] was kept: what a guest reads at offset 0 has another BLAKE3
+        ["1048576 times 7 at 0: true"] was kept: what a guest reads at offset 1048576 has another BLAKE3
+        ["1048576 times 7 at 0: true"] was kept: what a guest reads at offset 3145728 has another BLAKE3
+        [] was kept: Nonsense("it spoke out of turn")
+        [] was kept: Nonsense("it spoke out of turn")
+        ["1048576 times 7 at 0: true"] was kept: Silent
+        "#);
     }
 
     /// What becomes of a worker that says this, whatever it is told. The

@@ -498,6 +498,8 @@ fn man_pages_and_completions_come_from_the_same_definitions() {
     imagectl-store-gc.1
     imagectl-store-list.1
     imagectl-store.1
+    imagectl-volume-restore.1
+    imagectl-volume.1
     imagectl-work-request-cancel.1
     imagectl-work-request-get.1
     imagectl-work-request-list.1
