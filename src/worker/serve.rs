@@ -305,7 +305,7 @@ mod tests {
     }
 
     /// What becomes of a worker that fills memory with 7 and says this. The
-    /// volume is an extent of 7, two of zeroes, and half of one of 7.
+    /// volume is an extent of 7, two of zeroes, and half an extent of 7.
     fn fills(said: &[FromWorker]) -> String {
         let watch = Watch::new(CancellationToken::new(), Duration::from_millis(200));
         let (near, mut far) = UnixStream::pair().unwrap();
