@@ -83,8 +83,8 @@ impl WorkRequestService for Requests {
 }
 
 /// The state now and then each change, the newest where they come faster than
-/// [`INTERVAL`]. Ends after a final state, or when nobody works on it any
-/// more.
+/// [`INTERVAL`]; a final state at once. Ends after it, or when nobody works on
+/// it any more.
 fn updates(changes: watch::Receiver<WorkRequest>) -> impl Stream<Item = WorkRequest> {
     enum Next {
         Now,
@@ -96,7 +96,10 @@ fn updates(changes: watch::Receiver<WorkRequest>) -> impl Stream<Item = WorkRequ
             Next::Now => {}
             Next::After(last) => {
                 changes.changed().await.ok()?;
-                sleep_until(last + INTERVAL).await;
+                tokio::select! {
+                    () = sleep_until(last + INTERVAL) => {}
+                    _ = changes.wait_for(|request| request.status.is_final()) => {}
+                }
             }
             Next::End => return None,
         }
@@ -205,6 +208,24 @@ mod tests {
         let last = seen.last().unwrap();
         assert_eq!((last.status, last.progress.read), (Status::Succeeded, 200));
         assert_eq!(seen.iter().filter(|request| request.status.is_final()).count(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_end_is_told_at_once() {
+        let (sender, receiver) = watch::channel(request(1));
+        let worker = tokio::spawn(async move {
+            for read in 1..=10 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                sender.send_modify(|request| request.progress.read = read);
+            }
+            sender.send_modify(|request| request.status = Status::Succeeded);
+            std::future::pending::<()>().await;
+        });
+        let begun = Instant::now();
+        let seen: Vec<_> = updates(receiver).collect().await;
+        worker.abort();
+        assert_eq!(seen.last().unwrap().status, Status::Succeeded);
+        assert_eq!((seen.len(), begun.elapsed()), (2, Duration::from_millis(10)));
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! and the same in `target/bench.json`. An argument runs only the names that
-//! contain it.
+//! contain it, from the beginning of a word on.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "figures")]
 
@@ -17,9 +17,17 @@ mod guest;
 #[path = "../lab/lab.rs"]
 mod lab;
 mod memory;
+#[path = "../lab/oci/mod.rs"]
+mod oci_server;
+mod peers;
 mod reader;
 mod report;
+mod restore;
+mod stages;
+mod stores;
 mod volumes;
+#[path = "../lab/weed.rs"]
+mod weed;
 
 use std::{path::Path, time::Instant};
 
@@ -39,6 +47,9 @@ fn main() {
     }
     let volumes = volumes::Volumes::default();
     captures(&volumes, &mut report);
+    stores::s3(&volumes, &mut report);
+    stores::oci(&volumes, &mut report);
+    restore::s3(&volumes, &mut report);
     guest::running(&mut report);
     reader::read_limit(&volumes, &mut report);
     memory::resident_sets(&mut report);
@@ -122,8 +133,8 @@ fn convert(device: &Path, to: &Path, compression: &str) {
     run("qemu-img", &args);
 }
 
-/// What imaged made is a sound image of the device.
-fn check(object: &Path, device: &Path) {
+/// What was made is a sound image of the device.
+pub fn check(object: &Path, device: &Path) {
     let (object, device) = (object.to_str().unwrap(), device.to_str().unwrap());
     run("qemu-img", &["check", "-q", "-f", "qcow2", object]);
     run("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", device, object]);

@@ -2,7 +2,10 @@
 
 use std::{path::Path, sync::mpsc::sync_channel, thread, time::Instant};
 
-use imaged::{block, port::Volumes as _};
+use imaged::{
+    block,
+    port::{Piece, Volumes as _},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{ROUNDS, cold, lab::run, report::Report, volumes::Volumes};
@@ -17,7 +20,7 @@ pub fn read_limit(volumes: &Volumes, report: &mut Report) {
     let (mut ours, mut peer) = (Vec::new(), Vec::new());
     for round in 0..=ROUNDS {
         cold();
-        let our_seconds = read(&device);
+        let our_seconds = read(&device, drop);
         cold();
         let peer_seconds = fio(&device);
         if round > 0 {
@@ -28,16 +31,19 @@ pub fn read_limit(volumes: &Volumes, report: &mut Report) {
     report.compare("read-limit", &ours, &peer);
 }
 
-fn read(device: &Path) -> f64 {
+/// Reads a device as a capture does, and hands its pieces to `take`. Returns
+/// what it took, in seconds.
+pub fn read(device: &Path, take: impl FnMut(Piece) + Send) -> f64 {
     let host = block::HostVolumes::new(vec!["/dev".into()], block::ReaderSettings::default());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let mut held = runtime.block_on(host.hold(device)).unwrap();
     let (pieces_in, pieces) = sync_channel(4);
     let start = Instant::now();
-    let consumer = thread::spawn(move || pieces.into_iter().for_each(drop));
-    held.read(&pieces_in, &CancellationToken::new()).unwrap();
-    drop(pieces_in);
-    consumer.join().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(move || pieces.into_iter().for_each(take));
+        held.read(&pieces_in, &CancellationToken::new()).unwrap();
+        drop(pieces_in);
+    });
     start.elapsed().as_secs_f64()
 }
 

@@ -12,14 +12,14 @@ pub struct Report {
 }
 
 impl Report {
-    /// Takes names that contain `only`.
+    /// Takes names that contain `only`, from the beginning of a word on.
     pub fn new(only: String) -> Self {
         Self { only, bench: Map::new(), values: Map::new() }
     }
 
     /// Whether `name` is to be measured.
     pub fn wants(&self, name: &str) -> bool {
-        name.contains(&self.only)
+        name.match_indices(&self.only).any(|(at, _)| at == 0 || name[..at].ends_with('-'))
     }
 
     /// Medians of both sides, and their ratio.

@@ -10,7 +10,7 @@ use std::{
 use crate::lab::{self, Loop, run};
 
 /// Bytes of every volume: 4 GiB.
-const SIZE: u64 = 4 << 30;
+pub const SIZE: u64 = 4 << 30;
 
 /// Loop devices over the volumes, attached at first use.
 #[derive(Default)]

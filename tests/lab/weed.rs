@@ -1,4 +1,6 @@
 //! SeaweedFS: a real S3 service of the test's own.
+// Not every user of the module needs all of it.
+#![allow(dead_code)]
 
 use std::{
     fs,
@@ -9,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use crate::lab::{python, run, scratch, wait_for};
+use crate::lab::{cpu_seconds, python, run, scratch, wait_for};
 
 /// The key that it knows.
 pub const ACCESS_KEY: &str = "imagedtest";
@@ -56,6 +58,11 @@ impl Weed {
         self.child.wait().unwrap();
         self.child = spawn(self.dir.path(), &self.ports);
         wait_for("SeaweedFS", Duration::from_secs(60), || TcpStream::connect(self.address()).ok());
+    }
+
+    /// Processor time that it has taken so far, in seconds.
+    pub fn cpu_seconds(&self) -> f64 {
+        cpu_seconds(self.child.id())
     }
 
     /// The S3 service's address.
