@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Inner, Work,
     capture::Capture,
+    export::Export,
     registry::{Job, Reservation},
     rehearse::Rehearse,
     tracker::Tracker,
@@ -30,6 +31,8 @@ pub(super) enum Task {
     Verify(Box<Found>),
     /// Try what an image would cost.
     Rehearse(Box<Rehearse>),
+    /// Send an image's object elsewhere.
+    Export(Box<Export>),
 }
 
 /// Starts the task. It ends by itself, by the request's token, or with the
@@ -52,7 +55,7 @@ async fn drive(work: Work, job: Job, task: Task) {
     let mut tracker = Tracker::new(state.clone(), ports.journal.clone(), ports.clock.clone());
     let image = match &task {
         Task::Capture(capture) => Some(capture.image.id.clone()),
-        Task::Verify(_) | Task::Rehearse(_) => None,
+        Task::Verify(_) | Task::Rehearse(_) | Task::Export(_) => None,
     };
     if let Task::Capture(capture) = &task
         && let Some(interrupted) = &capture.interrupted
@@ -73,6 +76,7 @@ async fn drive(work: Work, job: Job, task: Task) {
                 verify::run(&work, &found, &mut tracker, &watchdog, &stop, place).await
             }
             Task::Rehearse(rehearse) => rehearse.run(&work, &mut tracker, &stop).await,
+            Task::Export(export) => export.run(&mut tracker, &watchdog, &stop, place).await,
         }
     };
     // Who dies while it undoes must find on its return that it was to.

@@ -7,8 +7,10 @@ use super::{Ports, resume::resumable, tracker};
 use crate::{
     error::{Error, Reason, Result},
     model::{
+        Timestamp,
         trace::Trace,
-        work_request::{Action, LogEntry, Resource, Status, WorkRequest},
+        upload::Outgoing,
+        work_request::{Action, LogEntry, Operation, Phase, Resource, Status, WorkRequest},
     },
     port::ObjectStore,
     recorder::Recorder,
@@ -42,8 +44,15 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
         }
         stores.there.push(store.as_ref());
     }
+    stores.take_back(ports, &mut requests).await?;
     for request in requests.iter_mut().filter(|request| !request.status.is_final()) {
         let now = ports.clock.now();
+        if request.operation == Operation::ExportImage {
+            end_export(request, now);
+            ports.journal.put(request).await?;
+            tracing::warn!(work_request = %request.id, "an export ended: imaged had died");
+            continue;
+        }
         match stores.made_its_image(request).await {
             Made::No | Made::Unknown(_) if resumable(request) => continue,
             Made::Yes => request.finish(Status::Succeeded, None, now),
@@ -75,6 +84,35 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
             "ended: imaged had died before it was done");
     }
     Ok(requests)
+}
+
+/// Ends an export; its upload was aborted by now, if it could be.
+fn end_export(request: &mut WorkRequest, now: Timestamp) {
+    let context = "imaged died before the export was done";
+    let sealing = request.phase == Phase::Seal;
+    let advice = match &request.outgoing {
+        Some(Outgoing { upload: None, location }) => format!(
+            "what was sent to {location} is no object yet, and stays as an upload until a \
+             lifecycle rule of the bucket, or `oci os multipart abort`, removes it: its URL is not \
+             kept; export the image again, with a new retry token"
+        ),
+        Some(Outgoing { upload: Some(upload), .. }) => format!(
+            "its upload could not be aborted now: the next start of imaged, or `imagectl store gc \
+             {}`, does that; then export the image again, with a new retry token",
+            upload.store
+        ),
+        None => "nothing of it is left; export the image again, with a new retry token".into(),
+    };
+    let advice = match sealing {
+        true => format!("look first whether the object is there, whole; if it is not: {advice}"),
+        false => advice,
+    };
+    let error = Error::new(Reason::DaemonStopped, context).advice(advice);
+    let status = match request.status {
+        Status::Canceling => Status::Canceled,
+        _ => Status::Failed,
+    };
+    request.finish(status, Some(tracker::entry(&error, now)), now);
 }
 
 /// What holds guests, all at once: a QEMU that hangs must not keep the others
@@ -137,6 +175,24 @@ struct Stores<'a> {
 }
 
 impl Stores<'_> {
+    /// Aborts what dead exports have begun, also in earlier processes.
+    async fn take_back(&self, ports: &Ports, requests: &mut [WorkRequest]) -> Result<()> {
+        for request in requests {
+            let sent = request.outgoing.as_ref().and_then(|outgoing| outgoing.upload.as_ref());
+            let Some(upload) = sent else { continue };
+            let store = self.there.iter().find(|store| store.name() == upload.store);
+            let Some(store) = store else { continue };
+            match store.abandon(&upload.token).await {
+                Ok(()) => {
+                    request.outgoing = None;
+                    ports.journal.put(request).await?;
+                }
+                Err(error) => tracing::error!(work_request = %request.id, "{error:?}"),
+            }
+        }
+        Ok(())
+    }
+
     async fn made_its_image(&self, request: &WorkRequest) -> Made {
         let made = |resource: &&Resource| resource.action == Action::InProgress;
         let image = request.resources.iter().find(made);
