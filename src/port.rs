@@ -344,13 +344,10 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// `INVALID_PARAMETER`: it cannot have this name; `OBJECT_EXISTS`;
     /// `STORE_REFUSED` where there are no objects, or nobody can look whether
     /// there is one; `STORE_UNAVAILABLE`.
-    fn outlet<'a>(
-        &'a self,
-        name: &'a str,
-        over: Over,
-    ) -> BoxFuture<'a, Result<Box<dyn Outlet>>> {
+    fn outlet<'a>(&'a self, name: &'a str, over: Over) -> BoxFuture<'a, Result<Box<dyn Outlet>>> {
         let (_, _) = (name, over);
-        let context = format!("the store {:?} is a {}: it has no objects", self.name(), self.kind());
+        let context =
+            format!("the store {:?} is a {}: it has no objects", self.name(), self.kind());
         Box::pin(async {
             Err(Error::new(Reason::StoreRefused, context)
                 .advice("name a store in a bucket, or use `imagectl image export to-file`"))

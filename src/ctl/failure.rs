@@ -132,7 +132,11 @@ impl Failure {
     /// How work that did not succeed ended; `None` when it succeeded or goes
     /// on.
     pub(super) fn of_work(work: &pb::WorkRequest) -> Option<Self> {
-        let verifies = work.operation_type() == pb::work_request::OperationType::VerifyImage;
+        use pb::work_request::OperationType;
+        let verifies = matches!(
+            work.operation_type(),
+            OperationType::VerifyImage | OperationType::ExportImage
+        );
         match work.status() {
             pb::work_request::Status::Failed => {}
             pb::work_request::Status::Canceled => {

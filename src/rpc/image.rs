@@ -121,9 +121,11 @@ impl ImageService for Images {
             ..Default::default()
         };
         let further = chunks.map(|chunk| match chunk {
-            Ok(Chunk { bytes, ends_part }) => {
-                Ok(pb::ReadImageObjectResponse { data: bytes.into(), ends_part, ..Default::default() })
-            }
+            Ok(Chunk { bytes, ends_part }) => Ok(pb::ReadImageObjectResponse {
+                data: bytes.into(),
+                ends_part,
+                ..Default::default()
+            }),
             Err(error) => Err(status::from(error)),
         });
         Ok(Response::new(stream::once(async { Ok(first) }).chain(further).boxed()))

@@ -164,6 +164,7 @@ mod tests {
             undo: None,
             rehearsal: None,
             resume: None,
+            outgoing: None,
         }
     }
 

@@ -269,11 +269,7 @@ impl ObjectStore for LazyStore {
         Box::pin(async { self.store().await?.delete(id).await })
     }
 
-    fn outlet<'a>(
-        &'a self,
-        name: &'a str,
-        over: Over,
-    ) -> BoxFuture<'a, Result<Box<dyn Outlet>>> {
+    fn outlet<'a>(&'a self, name: &'a str, over: Over) -> BoxFuture<'a, Result<Box<dyn Outlet>>> {
         Box::pin(async move { self.store().await?.outlet(name, over).await })
     }
 

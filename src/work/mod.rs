@@ -34,10 +34,8 @@ use std::{collections::BTreeSet, num::NonZeroUsize, path::PathBuf, sync::Arc, ti
 use tokio::sync::{Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use self::order::{
-    CreateImage, Destination, ExportImage, RehearseImage, Source, VerifyImage,
-};
-pub use self::reading::{Reading, Chunk};
+pub use self::order::{CreateImage, Destination, ExportImage, RehearseImage, Source, VerifyImage};
+pub use self::reading::{Chunk, Reading};
 pub use self::stores::Step;
 use self::{
     order::{check_name, check_path, compact, fingerprint, retry},

@@ -167,7 +167,8 @@ impl StoredBody {
             let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
             self.object.0.reader.read_at(&mut bytes, offset + at).map_err(|cause| {
                 let place = offset + at;
-                let context = format!("part {number} of the image's object cannot be read, at {place}");
+                let context =
+                    format!("part {number} of the image's object cannot be read, at {place}");
                 let reason = match cause.kind() {
                     io::ErrorKind::TimedOut => Reason::StoreUnavailable,
                     _ => Reason::StoreRefused,
@@ -206,5 +207,7 @@ impl StoredBody {
 fn corrupt(why: String) -> Error {
     Error::new(Reason::ImageCorrupt, "the image's object is not what was stored")
         .because(Error::new(Reason::ImageCorrupt, why))
-        .advice("make the image again, and look after the store's disks; nothing of it was exported")
+        .advice(
+            "make the image again, and look after the store's disks; nothing of it was exported",
+        )
 }

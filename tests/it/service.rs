@@ -25,6 +25,7 @@ use imaged::{
         work_request_service_client::WorkRequestServiceClient,
     },
     port::{BoxFuture, Delete, HeldVolume, ObjectReader, ObjectStore, Pace, Upload, Volumes},
+    store::ParOutlets,
     worker::Workers,
 };
 
@@ -115,6 +116,7 @@ async fn empty(_: Config, _: Vec<Instance>) -> Result<Parts> {
             Arc::new(EmptyStore { name: "local", space: Some(space) }),
             Arc::new(EmptyStore { name: "far", space: None }),
         ],
+        outlets: Arc::new(ParOutlets::new("test".into())),
         inspector: Arc::new(Workers::of(env!("CARGO_BIN_EXE_imaged").into())),
         features: vec![Feature {
             name: "io_uring".into(),

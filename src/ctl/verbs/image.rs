@@ -2,12 +2,12 @@
 
 use std::{cell::RefCell, collections::BTreeMap, fmt::Write as _, path::Path, time::Duration};
 
-use super::{Page, Session, pages, work_request};
+use super::{Page, Session, export, pages, work_request};
 use crate::{
     ctl::{
         args::{
-            Consistency, ImageCreate, ImageList, ImageVerb, ImageVerify, OnReadError, Output,
-            Until, WaitFor,
+            Consistency, ImageCreate, ImageExport, ImageList, ImageVerb, ImageVerify, OnReadError,
+            Output, Until, WaitFor,
         },
         console::{Console, Stream},
         exit::Exit,
@@ -31,6 +31,9 @@ pub(super) async fn run(mut session: Session<'_, '_>, verb: ImageVerb) -> Result
         // Its question was asked before.
         ImageVerb::Delete { image_id, force: _ } => delete(session, image_id).await,
         ImageVerb::Verify(args) => verify(session, args).await,
+        ImageVerb::Export(ImageExport::ToObject(args)) => export::to_object(session, args).await,
+        ImageVerb::Export(ImageExport::ToObjectUri(args)) => export::to_uri(session, args).await,
+        ImageVerb::Export(ImageExport::ToFile(args)) => export::to_file(session, args).await,
     }
 }
 
@@ -164,7 +167,7 @@ fn absolute(path: &Path) -> Result<String, Failure> {
 }
 
 /// The token that was given, or a new one: 128 random bits.
-fn token(given: Option<String>) -> Result<String, Failure> {
+pub(super) fn token(given: Option<String>) -> Result<String, Failure> {
     if let Some(token) = given {
         return Ok(token);
     }
@@ -180,7 +183,7 @@ fn token(given: Option<String>) -> Result<String, Failure> {
 }
 
 /// Whether imaged took the request is not known: the token finds out.
-fn ask_again(failure: Failure, token: &str) -> Failure {
+pub(super) fn ask_again(failure: Failure, token: &str) -> Failure {
     match failure.exit {
         Exit::Unreachable => failure.help(format!(
             "ask again with --retry-token {token}: what imaged took already is not done twice"
@@ -263,7 +266,7 @@ async fn rehearse(mut session: Session<'_, '_>, args: ImageCreate) -> Result<(),
 }
 
 /// Waits for `work`, and returns it as it is then.
-async fn waited(
+pub(super) async fn waited(
     session: &mut Session<'_, '_>,
     work: pb::WorkRequest,
     until: Until,

@@ -122,11 +122,32 @@ mod tests {
         }
         let long = "x".repeat(1020);
         let wrong = [
-            "", "/a", "a/", "a//b", "../a", "a/./b", "a\nb", "images/x", "uploads/x",
-            "imaged-store.json", &long,
+            "",
+            "/a",
+            "a/",
+            "a//b",
+            "../a",
+            "a/./b",
+            "a\nb",
+            "images/x",
+            "uploads/x",
+            "imaged-store.json",
+            &long,
         ];
         let said = wrong.map(|name| layout.object(name).unwrap_err().to_string()).join("\n");
-        insta::assert_snapshot!(said.replace(&long, "x…"), @"");
+        insta::assert_snapshot!(said.replace(&long, "x…"), @r#"
+        the object's name "" is empty
+        the object's name "/a" has an empty part: it begins or ends with a slash, or has two in a row
+        the object's name "a/" has an empty part: it begins or ends with a slash, or has two in a row
+        the object's name "a//b" has an empty part: it begins or ends with a slash, or has two in a row
+        the object's name "../a" has "." or ".." between its slashes, which is lost on the way
+        the object's name "a/./b" has "." or ".." between its slashes, which is lost on the way
+        the object's name "a\nb" has control characters
+        the object's name "images/x" is among the store's own
+        the object's name "uploads/x" is among the store's own
+        the object's name "imaged-store.json" is among the store's own
+        the object's name "x…" is longer than 1024 bytes
+        "#);
     }
 
     #[test]

@@ -20,8 +20,11 @@ use std::{fmt, ops::Range, sync::Arc};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::{
+    delivery::exists,
+    retry::{PATIENT, again},
+};
 pub use self::{retry::Retry, store::BucketStore};
-pub(super) use self::{delivery::exists, retry::{PATIENT, again}};
 use super::http::Answer;
 pub use crate::port::Over;
 use crate::{

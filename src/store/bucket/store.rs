@@ -377,11 +377,7 @@ impl ObjectStore for BucketStore {
         })
     }
 
-    fn outlet<'a>(
-        &'a self,
-        name: &'a str,
-        over: Over,
-    ) -> BoxFuture<'a, Result<Box<dyn Outlet>>> {
+    fn outlet<'a>(&'a self, name: &'a str, over: Over) -> BoxFuture<'a, Result<Box<dyn Outlet>>> {
         Box::pin(async move {
             let outlet = BucketOutlet::find(Arc::clone(&self.store), name, over).await?;
             Ok(Box::new(outlet) as Box<dyn Outlet>)
