@@ -7,7 +7,7 @@
 //! its first part is sent.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -15,7 +15,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Bucket, Complete, Facts, StoredAs, UploadId,
+    Bucket, Checksums, Complete, Facts, StoredAs, UploadId,
     store::{Reading, Store},
 };
 use crate::{
@@ -77,6 +77,31 @@ pub fn exists(place: &str) -> Error {
         .advice("choose another name, or say --overwrite to replace it")
 }
 
+/// Names of the uploads of `key`; `None` where nobody may list them.
+async fn uploads(store: &Store, key: &str) -> Option<BTreeSet<String>> {
+    let listed = store.brief.uploads(key).await.ok()?;
+    Some(listed.into_iter().filter(|(of, _)| of == key).map(|(_, upload)| upload.name).collect())
+}
+
+/// Aborts the uploads of `key` that came with `begun` and are not it: their
+/// beginnings were done and the answers lost. That somebody else began one of
+/// the same name in the same moment would have spoilt the object anyway.
+async fn abort_strays(
+    store: &Store,
+    key: &str,
+    before: &BTreeSet<String>,
+    begun: Option<&UploadId>,
+) {
+    let Some(after) = uploads(store, key).await else { return };
+    let known = begun.map(|upload| &upload.name);
+    for name in after.difference(before).filter(|name| Some(*name) != known) {
+        let stray = UploadId { name: name.clone(), checksums: Checksums::Untold };
+        if let Err(error) = store.brief.abort(key, &stray).await {
+            tracing::warn!(store = store.name, key, ?error, "an empty upload stays");
+        }
+    }
+}
+
 /// Aborts what `token` names.
 pub async fn abandon(store: &Store, token: &UploadToken) -> Result<()> {
     let token: Token = serde_json::from_str(&token.0)
@@ -92,7 +117,12 @@ impl Outlet for BucketOutlet {
     fn begin(&self) -> BoxFuture<'_, Result<Box<dyn Delivery>>> {
         Box::pin(async {
             let (store, key) = (Arc::clone(&self.store), self.key.clone());
-            let upload = store.brief.begin(&key, &store.owner.host_id).await?;
+            let before = uploads(&store, &key).await;
+            let begun = store.brief.begin(&key, &store.owner.host_id).await;
+            if let Some(before) = before {
+                abort_strays(&store, &key, &before, begun.as_ref().ok()).await;
+            }
+            let upload = begun?;
             let parts = Mutex::default();
             let delivery = BucketDelivery { store, key, over: self.over, upload, parts };
             Ok(Box::new(delivery) as Box<dyn Delivery>)
