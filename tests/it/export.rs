@@ -264,13 +264,42 @@ fn root_export_to_the_object_of_a_url_which_stays_a_secret() {
         said += &refused_uri(&oci, &daemon, id, wrong);
     }
     tokens.push("hushhush".into());
-    insta::assert_snapshot!(said, @"");
+    insta::assert_snapshot!(said, @"
+    imagectl: there is an object https://os/images/out/disk 1
+      reason: OBJECT_EXISTS
+      help: choose another name, or say --overwrite to replace it
+    imagectl: https://os/images cannot begin the upload of out/read: the pre-authenticated request does not allow writing, has expired or was deleted
+      0: 404 BucketNotFound: Either the bucket named 'images' does not exist in the namespace 'testns' or you are not authorized to access it (request ID)
+      reason: STORE_DENIED
+      help: make a new one for the object with --access-type ObjectWrite, and ask again with its URL
+    imagectl: https://os/images cannot begin the upload of out/late: the pre-authenticated request does not allow writing, has expired or was deleted
+      0: 404 BucketNotFound: Either the bucket named 'images' does not exist in the namespace 'testns' or you are not authorized to access it (request ID)
+      reason: STORE_DENIED
+      help: make a new one for the object with --access-type ObjectWrite, and ask again with its URL
+    imagectl: the URI is not https://HOST/p/TOKEN/n/NAMESPACE/b/BUCKET/o/OBJECT
+      at --uri
+      reason: INVALID_PARAMETER
+      help: make a pre-authenticated request for one object, with --access-type ObjectWrite, and give its whole URL
+    imagectl: the URI names no object
+      at --uri
+      reason: INVALID_PARAMETER
+      help: add the object's name to it, or make a pre-authenticated request for one object
+    imagectl: the URI is no https one: its secret would be seen on the way
+      at --uri
+      reason: INVALID_PARAMETER
+      help: make a pre-authenticated request for one object, with --access-type ObjectWrite, and give its whole URL
+    ");
     // It is taken away in the middle.
     let gone = FaultKind::Refuse { status: 404, code: "BucketNotFound".into(), retry_after: None };
     oci.server.add_fault(Fault::new("PUT", "/2", gone));
     let (taken, token) = url(&oci, ParAccess::ObjectWrite, Some("out/taken"));
     tokens.push(token);
-    insta::assert_snapshot!(refused_uri(&oci, &daemon, id, &taken), @"");
+    insta::assert_snapshot!(refused_uri(&oci, &daemon, id, &taken), @"
+    imagectl: https://os/images cannot store part N of out/taken: the pre-authenticated request does not allow writing, has expired or was deleted
+      0: 404 BucketNotFound: The test asked for this BucketNotFound (request ID)
+      reason: STORE_DENIED
+      help: make a new one for the object with --access-type ObjectWrite, and ask again with its URL
+    ");
     assert!(oci.server.uploads(BUCKET).is_empty());
 
     // The daemon dies in the middle: what is left is told.
@@ -289,7 +318,10 @@ fn root_export_to_the_object_of_a_url_which_stays_a_secret() {
     let request = daemon.json(&["work-request", "get", "--work-request-id", &work]);
     assert_eq!(request["data"]["status"], "FAILED");
     let told = request["data"]["errors"][0]["message"].as_str().unwrap();
-    insta::assert_snapshot!(crate::oci_errors::settled(&oci, told), @"");
+    insta::assert_snapshot!(crate::oci_errors::settled(&oci, told), @"
+    imaged died before the export was done
+      help: what was sent to https://os/images/out/dies is no object yet, and stays as an upload until a lifecycle rule of the bucket, or `oci os multipart abort`, removes it: its URL is not kept; export the image again, with a new retry token
+    ");
 
     daemon.stop();
     assert!(is_in_files(state.path(), "work request"), "the log is there");
@@ -446,7 +478,12 @@ fn root_export_that_fails_leaves_nothing() {
     let listed = daemon.json(&["image", "list", "--lifecycle-state", "EXPORTING"]);
     assert_eq!(listed["data"][0]["id"], id);
     let delete = daemon.refusal(&["image", "delete", "--force", "--image-id", id]);
-    insta::assert_snapshot!(settled(&delete, dir.path(), id).replace(&work, "WORK"), @"");
+    insta::assert_snapshot!(settled(&delete, dir.path(), id).replace(&work, "WORK"), @"
+    imagectl: work request WORK uses image ID
+      reason: IMAGE_LOCKED
+      retry: in 30s
+      help: wait for it, or cancel it
+    ");
     wait_for("the upload", Duration::from_secs(20), || (weed.uploads() == 1).then_some(()));
     succeed(&daemon, &["work-request", "cancel", "--work-request-id", &work]);
     let watched = daemon.imagectl(&["work-request", "watch", "--work-request-id", &work]);
@@ -468,7 +505,10 @@ fn root_export_that_fails_leaves_nothing() {
         assert_eq!(request["data"]["status"], "FAILED");
         request["data"]["errors"][0]["message"].as_str().unwrap().to_owned()
     };
-    insta::assert_snapshot!(failure(&daemon, &work), @"");
+    insta::assert_snapshot!(failure(&daemon, &work), @"
+    imaged died before the export was done
+      help: nothing of it is left; export the image again, with a new retry token
+    ");
 
     // The store is away when it starts again: it is aborted later.
     proxy.plan(slow());
@@ -480,7 +520,10 @@ fn root_export_that_fails_leaves_nothing() {
     proxy.plan(FaultPlan::none());
     proxy.away();
     let daemon = Daemon::start_in(state.path(), &config);
-    insta::assert_snapshot!(failure(&daemon, &work), @"");
+    insta::assert_snapshot!(failure(&daemon, &work), @"
+    imaged died before the export was done
+      help: its upload could not be aborted now: the next start of imaged, or `imagectl store gc far`, does that; then export the image again, with a new retry token
+    ");
     proxy.back();
     let gone = daemon.json(&["store", "gc", "far"]);
     assert_eq!(gone["data"]["uploads"], 1);
@@ -492,7 +535,12 @@ fn root_export_that_fails_leaves_nothing() {
     let output = daemon.imagectl(&to_far(id, "damaged"));
     assert_eq!(output.status.code(), Some(6));
     let said = String::from_utf8(output.stderr).unwrap();
-    insta::assert_snapshot!(settled(&said, dir.path(), id), @"");
+    insta::assert_snapshot!(settled(&said, dir.path(), id), @"
+    imagectl: the image's object is not what was stored
+      0: part 6, at offset 52494336 of the object, has another SHA-256
+      reason: IMAGE_CORRUPT
+      help: make the image again, and look after the store's disks; nothing of it was exported
+    ");
     assert_eq!((weed.keys(), weed.uploads()), (keys.clone(), 0));
     // The bucket is gone.
     weed.python(
@@ -502,5 +550,8 @@ fn root_export_that_fails_leaves_nothing() {
     );
     let said = settled(&daemon.refusal(&to_far(id, "x")), dir.path(), id);
     let said = said.replace(&proxy.address().to_string(), "s3");
-    insta::assert_snapshot!(said.split(" (request").next().unwrap(), @"");
+    insta::assert_snapshot!(said.split(" (request").next().unwrap(), @"
+    imagectl: http://s3/images cannot begin the upload of x
+      0: 404 NoSuchBucket: The specified bucket does not exist
+    ");
 }
