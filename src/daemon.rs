@@ -30,7 +30,7 @@ use crate::{
     error::{Context, Error, Reason, Result},
     journal::Journal,
     model::{host::Feature, instance::Instance},
-    port::{Clock, Hypervisor, Inspector, ObjectStore, Volumes},
+    port::{Clock, Hypervisor, Inspector, ObjectStore, Outlets, Volumes},
     rpc::{self, HostFacts, StoreState},
     work::{Burden, Ports, Settings, Work},
 };
@@ -52,6 +52,8 @@ pub struct Parts {
     pub volumes: Arc<dyn Volumes>,
     /// Where images are kept; the configuration's default store among them.
     pub stores: Vec<Arc<dyn ObjectStore>>,
+    /// What finds objects by URLs.
+    pub outlets: Arc<dyn Outlets>,
     /// What looks into images.
     pub inspector: Arc<dyn Inspector>,
     /// What the parts found on this host.
@@ -104,6 +106,7 @@ where
         hypervisor: parts.hypervisor,
         volumes: parts.volumes,
         stores: parts.stores,
+        outlets: parts.outlets,
         inspector: parts.inspector,
         journal: Arc::new(journal),
     };

@@ -111,6 +111,8 @@ reasons! {
     SourceLocked = "SOURCE_LOCKED": Busy,
     /// A work request holds the image.
     ImageLocked = "IMAGE_LOCKED": Busy,
+    /// There is an object of that name.
+    ObjectExists = "OBJECT_EXISTS": InvalidRequest,
     /// More work than the configuration allows is waiting.
     TooManyRequests = "TOO_MANY_REQUESTS": Busy,
     /// Another imaged serves this socket or state directory.

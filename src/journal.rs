@@ -554,6 +554,7 @@ mod tests {
             undo: None,
             rehearsal: None,
             resume: None,
+            outgoing: None,
         }
     }
 

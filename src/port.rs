@@ -18,7 +18,8 @@ use std::{
     time::Duration,
 };
 
-pub use futures_util::future::BoxFuture;
+use bytes::Bytes;
+pub use futures_util::{future::BoxFuture, stream::BoxStream};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -403,6 +404,94 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     /// Removes an image: first from sight, then its bytes. Removing what is
     /// not there is success.
     fn delete<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Delete>>;
+
+    /// The place of an object called `name` beside the images: no image's, and
+    /// nothing that this store looks at again.
+    ///
+    /// # Errors
+    ///
+    /// `INVALID_PARAMETER`: it cannot have this name; `OBJECT_EXISTS`;
+    /// `STORE_REFUSED` where there are no objects, or nobody can look whether
+    /// there is one; `STORE_UNAVAILABLE`.
+    fn outlet<'a>(&'a self, name: &'a str, over: Over) -> BoxFuture<'a, Result<Box<dyn Outlet>>> {
+        let (_, _) = (name, over);
+        let context =
+            format!("the store {:?} is a {}: it has no objects", self.name(), self.kind());
+        Box::pin(async {
+            Err(Error::new(Reason::StoreRefused, context)
+                .advice("name a store in a bucket, or use `imagectl image export to-file`"))
+        })
+    }
+    /// Aborts a delivery of a process that has ended: see [`Delivery::token`].
+    /// Repeating it is success.
+    fn abandon<'a>(&'a self, token: &'a UploadToken) -> BoxFuture<'a, Result<()>> {
+        let _ = token;
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// What a new object may replace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Over {
+    /// Anything.
+    Anything,
+    /// Nothing: there must be none.
+    Nothing,
+}
+
+/// Finds the places that URLs name.
+pub trait Outlets: Send + Sync + fmt::Debug {
+    /// The place of the object that `uri` gives access to. Asks nobody.
+    ///
+    /// # Errors
+    ///
+    /// `INVALID_PARAMETER`, without a word of the URL.
+    fn by_uri(&self, uri: &Secret, over: Over) -> Result<Box<dyn Outlet>>;
+}
+
+/// A text that is shown nowhere.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(pub String);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret")
+    }
+}
+
+/// The place of one object, outside of what is imaged's own.
+pub trait Outlet: Send + Sync + fmt::Debug {
+    /// Where the object will be, without any secret.
+    fn location(&self) -> String;
+    /// Begins to deliver it. Nothing is visible before
+    /// [`Delivery::complete`].
+    ///
+    /// # Errors
+    ///
+    /// `STORE_UNAVAILABLE`, `STORE_DENIED`, `STORE_REFUSED`; `OBJECT_EXISTS`.
+    fn begin(&self) -> BoxFuture<'_, Result<Box<dyn Delivery>>>;
+}
+
+/// An object on its way to its place.
+pub trait Delivery: Send + Sync + fmt::Debug {
+    /// What its store needs to abort it in a later process; `None` where only
+    /// a secret that is not kept could.
+    fn token(&self) -> Option<UploadToken>;
+    /// Stores one part. Parts come concurrently and in any order, each once.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Outlet::begin`], `STORE_FULL`, and those of the part's body.
+    fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<()>>;
+    /// Makes the object exist, of all parts. Answers what its service calls
+    /// this version of it, where it tells.
+    ///
+    /// # Errors
+    ///
+    /// As [`put`](Self::put); `OBJECT_EXISTS` when one came meanwhile.
+    fn complete(&self) -> BoxFuture<'_, Result<Option<String>>>;
+    /// Removes everything. Aborting twice is success.
+    fn abort(&self) -> BoxFuture<'_, Result<()>>;
 }
 
 /// What a deletion changed.
@@ -464,12 +553,18 @@ pub struct Part {
     pub sha256: ObjectDigest,
 }
 
-/// Bytes in memory, in pieces.
+/// Bytes in memory, in pieces, or on their way.
 pub trait Body: Send + Sync {
     /// Piece `index`, from 0; `None` behind the last. None is empty. Aligned
     /// for direct writes, each and its length, but for the last piece's
     /// length: see [`crate::sys::aligned`].
     fn piece(&self, index: usize) -> Option<&[u8]>;
+
+    /// All bytes from the first one on, for who sends them, where they must be
+    /// waited for; they may be asked for again. `None`: the pieces are there.
+    fn stream(&self) -> Option<BoxStream<'static, Result<Bytes>>> {
+        None
+    }
 }
 
 /// The pieces of `body`, in order.

@@ -1,7 +1,7 @@
 //! The command line: verbs and options as the `oci` CLI names them. Help,
 //! man pages and completions come from here.
 
-use std::{collections::HashMap, fs, path::PathBuf};
+use std::{collections::HashMap, convert::Infallible, fmt, fs, path::PathBuf, str::FromStr};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -180,6 +180,122 @@ pub(super) enum ImageVerb {
     /// Waits for the verdict; exit code 6 says that the image is not what was
     /// stored.
     Verify(ImageVerify),
+    /// Copy an image's qcow2 elsewhere.
+    #[command(subcommand)]
+    Export(ImageExport),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum ImageExport {
+    /// Copy it to an object of another store.
+    ///
+    /// imaged copies it; the image is EXPORTING until then and cannot be
+    /// deleted.
+    ToObject(ExportToObject),
+    /// Copy it to the object of a pre-authenticated request of OCI's Object
+    /// Storage.
+    ///
+    /// imaged copies it; the image is EXPORTING until then and cannot be
+    /// deleted.
+    ToObjectUri(ExportToUri),
+    /// Copy it to a file on this host.
+    ///
+    /// imagectl writes it with the rights of who runs it. The file has its
+    /// name only when it is whole and checked.
+    ToFile(ExportToFile),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExportToObject {
+    /// OCID of the image.
+    #[arg(long, value_name = "OCID")]
+    pub image_id: String,
+    /// Name of the store, which stands for namespace and bucket.
+    #[arg(long, value_name = "NAME")]
+    pub store: String,
+    /// Name of the object, under the store's prefix [default: the image's OCID
+    /// and .qcow2].
+    #[arg(long, value_name = "NAME")]
+    pub name: Option<String>,
+    #[command(flatten)]
+    pub export: ExportOptions,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExportToUri {
+    /// OCID of the image.
+    #[arg(long, value_name = "OCID")]
+    pub image_id: String,
+    /// The whole URL of a pre-authenticated request for one object, from a
+    /// file, or from standard input: `-`. It is a secret, and an argument can
+    /// be seen by everyone on this host: the URL itself is taken, too, but
+    /// better not given.
+    #[arg(long, value_name = "file://PATH")]
+    pub uri: Uri,
+    #[command(flatten)]
+    pub export: ExportOptions,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExportOptions {
+    /// Replace an object of that name.
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Names this request: asking twice with the same token is asking once
+    /// [default: a new one].
+    #[arg(long, value_name = "TOKEN", value_parser = parse_token)]
+    pub retry_token: Option<String>,
+    /// Wait until the work request is in this state; ACCEPTED does not wait.
+    #[arg(long, value_enum, ignore_case = true, value_name = "STATE")]
+    #[arg(default_value = "SUCCEEDED")]
+    pub wait_for_state: Vec<WaitFor>,
+    /// Longest time to wait [default: until the work ends].
+    #[arg(long, value_name = "SECONDS")]
+    pub max_wait_seconds: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ExportToFile {
+    /// OCID of the image.
+    #[arg(long, value_name = "OCID")]
+    pub image_id: String,
+    /// The file. It will be readable by its owner alone.
+    #[arg(long, value_name = "PATH")]
+    pub file: PathBuf,
+    /// Replace a file of that name.
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// Where a secret URL is.
+#[derive(Clone)]
+pub(super) enum Uri {
+    StandardInput,
+    File(PathBuf),
+    /// In the arguments.
+    Given(String),
+}
+
+impl fmt::Debug for Uri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::StandardInput => f.write_str("StandardInput"),
+            Self::File(path) => write!(f, "File({})", path.display()),
+            Self::Given(_) => f.write_str("Given"),
+        }
+    }
+}
+
+impl FromStr for Uri {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(match text.strip_prefix("file://") {
+            _ if text == "-" => Self::StandardInput,
+            Some(path) => Self::File(path.into()),
+            None => Self::Given(text.to_owned()),
+        })
+    }
 }
 
 #[derive(Debug, Args)]

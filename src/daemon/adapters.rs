@@ -10,7 +10,9 @@ use crate::{
     hypervisor::QemuHost,
     model::{host::Feature, instance::Instance},
     port::{BoxFuture, Clock, ObjectStore},
-    store::{Bucket, BucketStore, Http, LazyStore, OciBucket, ParBucket, Place, S3Bucket},
+    store::{
+        Bucket, BucketStore, Http, LazyStore, OciBucket, ParBucket, ParOutlets, Place, S3Bucket,
+    },
     worker::{Attempt, Workers},
 };
 
@@ -36,6 +38,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let host_id = host_id()?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new()?);
     let owner = Owner { state_dir: config.state_dir, host_id };
+    let outlets = Arc::new(ParOutlets::new(owner.name()));
     let stores = config.stores.into_iter().map(|(name, store)| owner.store(name, store, &clock));
     let workers = Workers::of_this_program();
     let confinement = confinement(workers.clone()).await?;
@@ -44,6 +47,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
         hypervisor: Arc::new(QemuHost::new(config.scratch_dir)),
         volumes: Arc::new(HostVolumes::new(allowed, reader).restoring_to(config.restore_dirs)),
         stores: stores.collect(),
+        outlets,
         inspector: Arc::new(workers),
         features: vec![io_uring, confinement],
     })

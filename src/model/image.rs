@@ -39,6 +39,8 @@ pub enum ImageState {
     Provisioning,
     /// Whole and sealed.
     Available(Box<Stored>),
+    /// The same, and its object is being sent elsewhere.
+    Exporting(Box<Stored>),
     /// Gone: deleted, or never finished.
     Deleted,
 }

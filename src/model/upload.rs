@@ -55,6 +55,26 @@ pub struct Resume {
     pub time_line: Vec<PhaseTime>,
 }
 
+/// An object on its way to somebody, as the journal keeps it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Outgoing {
+    /// Where it goes, without any secret.
+    pub location: String,
+    /// How a later daemon aborts it; `None`: by nothing that is kept.
+    pub upload: Option<OutgoingUpload>,
+}
+
+/// An upload that a store can abort.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OutgoingUpload {
+    /// Name of the store.
+    pub store: String,
+    /// What it calls the upload.
+    pub token: UploadToken,
+}
+
 /// What an interrupted capture was reading.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     CompartmentId, Timestamp, WorkRequestId,
     live::{Rehearsal, Undo},
-    upload::Resume,
+    upload::{Outgoing, Resume},
 };
 
 /// A work request, as the journal keeps it and the API shows it.
@@ -51,6 +51,9 @@ pub struct WorkRequest {
     /// How a later daemon goes on with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume: Option<Box<Resume>>,
+    /// What it has begun to send and not yet taken back, also after its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub outgoing: Option<Outgoing>,
 }
 
 impl WorkRequest {
@@ -83,6 +86,7 @@ impl WorkRequest {
             undo: None,
             rehearsal: None,
             resume: None,
+            outgoing: None,
         }
     }
 
@@ -127,6 +131,8 @@ pub enum Operation {
     VerifyImage,
     /// Tries what making an image of a running instance does to it.
     RehearseImage,
+    /// Sends an image's object elsewhere.
+    ExportImage,
     /// Writes an image over a volume.
     RestoreVolume,
 }
@@ -180,10 +186,12 @@ pub enum Phase {
     Sample,
     /// Gives a running instance its disk back.
     Release,
-    /// Makes the image exist.
+    /// Makes the image, or the exported object, exist.
     Seal,
     /// Recomputes digests.
     Verify,
+    /// Sends an object elsewhere.
+    Export,
     /// Writes an image over a volume.
     Restore,
     /// Over.
@@ -201,6 +209,7 @@ impl fmt::Display for Phase {
             Self::Release => "release",
             Self::Seal => "seal",
             Self::Verify => "verify",
+            Self::Export => "export",
             Self::Restore => "restore",
             Self::Done => "done",
         })

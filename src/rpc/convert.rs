@@ -19,7 +19,10 @@ use crate::{
         work_request::{Action, Operation, Status, WorkRequest},
     },
     pb,
-    work::{CreateImage, RehearseImage, RestoreVolume, Source, VerifyImage},
+    work::{
+        CreateImage, Destination, ExportImage, Over, RehearseImage, RestoreVolume, Secret, Source,
+        VerifyImage,
+    },
 };
 
 /// OCI's limit for display names.
@@ -212,6 +215,38 @@ pub(super) fn rehearse_image(
     })
 }
 
+/// What a request wants that `requested_by` sent.
+pub(super) fn export_image(
+    request: pb::ExportImageRequest,
+    requested_by: String,
+) -> Result<ExportImage> {
+    use pb::export_image_request::Destination as Pb;
+    let destination = match request.destination {
+        Some(Pb::Object(object)) => {
+            text("store", &object.store, MAX_NAME)?;
+            Destination::Object {
+                store: object.store,
+                name: Some(object.name).filter(|name| !name.is_empty()),
+            }
+        }
+        Some(Pb::Uri(uri)) => Destination::Uri(Secret(uri)),
+        None => {
+            return Err(invalid("store", "the request does not say where to")
+                .advice("give an object in a store, or a URI"));
+        }
+    };
+    Ok(ExportImage {
+        image_id: image_id(&request.image_id)?,
+        destination,
+        over: match request.overwrite {
+            true => Over::Anything,
+            false => Over::Nothing,
+        },
+        retry_token: retry_token(request.retry_token)?,
+        requested_by,
+    })
+}
+
 pub(super) fn image_id(value: &str) -> Result<ImageId> {
     id("image_id", value)
 }
@@ -234,6 +269,7 @@ pub(super) fn lifecycle_state(state: &ImageState) -> pb::image::LifecycleState {
     match state {
         ImageState::Provisioning => LifecycleState::Provisioning,
         ImageState::Available(_) => LifecycleState::Available,
+        ImageState::Exporting(_) => LifecycleState::Exporting,
         ImageState::Deleted => LifecycleState::Deleted,
     }
 }
@@ -263,7 +299,7 @@ impl From<Image> for pb::Image {
             compression: pb::Compression::from(origin.compression).into(),
             ..Self::default()
         };
-        if let ImageState::Available(stored) = state {
+        if let ImageState::Available(stored) | ImageState::Exporting(stored) = state {
             to.size_in_mbs = stored.virtual_size.mib_rounded_up();
             to.format = stored.format.to_string();
             to.virtual_size_bytes = stored.virtual_size.get();
@@ -419,6 +455,7 @@ impl From<WorkRequest> for pb::WorkRequest {
                 Operation::CreateImage => OperationType::CreateImage,
                 Operation::VerifyImage => OperationType::VerifyImage,
                 Operation::RehearseImage => OperationType::RehearseImage,
+                Operation::ExportImage => OperationType::ExportImage,
                 Operation::RestoreVolume => OperationType::RestoreVolume,
             }
             .into(),

@@ -1,5 +1,6 @@
 //! ImageService.
 
+use futures_util::stream::{self, BoxStream, StreamExt};
 use tonic::{Request, Response, Status};
 
 use super::{
@@ -16,7 +17,7 @@ use crate::{
         image_service_server::ImageService,
         list_images_request::{SortBy, SortOrder},
     },
-    work::{Listed, Work},
+    work::{Chunk, Listed, Reading, Work},
 };
 
 #[derive(Debug)]
@@ -92,6 +93,42 @@ impl ImageService for Images {
         let work = self.work.clone();
         let request = to_the_end(async move { work.verify_image(wanted).await }).await?;
         Ok(Response::new(request.into()))
+    }
+
+    async fn export_image(
+        &self,
+        request: Request<pb::ExportImageRequest>,
+    ) -> Result<Response<pb::WorkRequest>, Status> {
+        let peer = Peer::of(&request).map_err(status::from)?.describe().await;
+        let wanted = convert::export_image(request.into_inner(), peer).map_err(status::from)?;
+        let work = self.work.clone();
+        let request = to_the_end(async move { work.export_image(wanted).await }).await?;
+        Ok(Response::new(request.into()))
+    }
+
+    type ReadImageObjectStream = BoxStream<'static, Result<pb::ReadImageObjectResponse, Status>>;
+
+    async fn read_image_object(
+        &self,
+        request: Request<pb::ReadImageObjectRequest>,
+    ) -> Result<Response<Self::ReadImageObjectStream>, Status> {
+        let id = convert::image_id(&request.get_ref().image_id).map_err(status::from)?;
+        let Reading { size, digest, chunks } =
+            self.work.read_object(&id).await.map_err(status::from)?;
+        let first = pb::ReadImageObjectResponse {
+            object_size_bytes: size.get(),
+            object_digest: digest.to_string(),
+            ..Default::default()
+        };
+        let further = chunks.map(|chunk| match chunk {
+            Ok(Chunk { bytes, ends_part }) => Ok(pb::ReadImageObjectResponse {
+                data: bytes.into(),
+                ends_part,
+                ..Default::default()
+            }),
+            Err(error) => Err(status::from(error)),
+        });
+        Ok(Response::new(stream::once(async { Ok(first) }).chain(further).boxed()))
     }
 }
 

@@ -49,6 +49,7 @@ const fn code(reason: Reason) -> Code {
         Reason::TooManyRequests | Reason::StoreFull => Code::ResourceExhausted,
         // Another work request is in the way: the same call succeeds later.
         Reason::SourceLocked | Reason::ImageLocked => Code::Aborted,
+        Reason::ObjectExists => Code::AlreadyExists,
         Reason::ImageCorrupt | Reason::ImageUnreadable => Code::DataLoss,
         // They work, and said no.
         Reason::HypervisorRefused
@@ -149,6 +150,7 @@ mod tests {
         SNAPSHOT_REFUSED: FailedPrecondition
         SOURCE_LOCKED: Aborted
         IMAGE_LOCKED: Aborted
+        OBJECT_EXISTS: AlreadyExists
         TOO_MANY_REQUESTS: ResourceExhausted
         DAEMON_RUNNING: FailedPrecondition
         HYPERVISOR_BUSY: FailedPrecondition

@@ -167,6 +167,7 @@ mod tests {
             undo: None,
             rehearsal: None,
             resume: None,
+            outgoing: None,
         }
     }
 

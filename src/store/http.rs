@@ -11,10 +11,10 @@ use std::{
     path::Path,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
-    task::{Context as Task, Poll},
+    task::{Context as Task, Poll, ready},
     time::{Duration, Instant, SystemTime},
 };
 
@@ -26,7 +26,7 @@ pub use reqwest::{Method, StatusCode, header::HeaderMap};
 use crate::{
     error::{Context, Error, Reason, Result},
     model::ByteSize,
-    port::Part,
+    port::{BoxStream, Part},
 };
 
 /// Longest time without any progress: an answer that takes longer than this
@@ -182,6 +182,7 @@ impl Http {
     pub async fn send(&self, request: Request) -> Result<Answer> {
         let url = format!("{}{}", self.endpoint(), request.target);
         let moved = Arc::new(Moved::default());
+        let failed = Arc::new(Failed::default());
         let bodied = matches!(request.method, Method::PUT | Method::POST);
         let mut sent = self.client.request(request.method, url);
         for (name, value) in request.headers {
@@ -193,8 +194,8 @@ impl Http {
             Payload::Nothing => sent,
             Payload::Bytes(bytes) => sent.body(bytes),
             Payload::Part(part) => {
-                let moved = Arc::clone(&moved);
-                sent.body(reqwest::Body::wrap(PartBody { part, index: 0, left: None, moved }))
+                let (moved, failed) = (Arc::clone(&moved), Arc::clone(&failed));
+                sent.body(reqwest::Body::wrap(PartBody::new(part, moved, failed)))
             }
         };
         let answer = async {
@@ -218,7 +219,14 @@ impl Http {
             Ok::<_, reqwest::Error>(Ok(answer))
         };
         tokio::select! {
-            answer = answer => answer.map_err(|cause| self.unreachable(cause))?,
+            answer = answer => {
+                // What could not be read was not refused: the answer, if there
+                // is one, is about a body that is too short.
+                if let Some(error) = failed.lock().take() {
+                    return Err(error);
+                }
+                answer.map_err(|cause| self.unreachable(cause))?
+            }
             () = moved.silence(self.silence) => {
                 let context = format!(
                     "{} did not answer within {} s", self.endpoint(), self.silence.as_secs()
@@ -277,14 +285,31 @@ impl Moved {
     }
 }
 
+/// Why the bytes of a part did not come.
+#[derive(Debug, Default)]
+struct Failed(Mutex<Option<Error>>);
+
+impl Failed {
+    fn lock(&self) -> MutexGuard<'_, Option<Error>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A part as a body that is read from where it lies, as often as it must be
 /// sent.
 struct PartBody {
     part: Arc<Part>,
-    index: usize,
-    /// Of the piece that is being sent.
-    left: Option<Bytes>,
+    flow: Flow,
     moved: Arc<Moved>,
+    failed: Arc<Failed>,
+}
+
+/// Where the bytes come from.
+enum Flow {
+    /// Pieces in memory: the next one, and what is left of the one before.
+    Memory { index: usize, left: Option<Bytes> },
+    /// They are waited for. Nobody else uses it: the lock is for `Sync`.
+    Stream(Mutex<BoxStream<'static, Result<Bytes>>>),
 }
 
 /// Bytes that are handed over at once: progress is seen by them.
@@ -299,28 +324,60 @@ impl AsRef<[u8]> for Piece {
     }
 }
 
+impl PartBody {
+    fn new(part: Arc<Part>, moved: Arc<Moved>, failed: Arc<Failed>) -> Self {
+        let flow = match part.body.stream() {
+            Some(stream) => Flow::Stream(Mutex::new(stream)),
+            None => Flow::Memory { index: 0, left: None },
+        };
+        Self { part, flow, moved, failed }
+    }
+}
+
+/// The next bytes from memory; empty at the end.
+fn next_chunk(part: &Arc<Part>, index: &mut usize, left: &mut Option<Bytes>) -> Bytes {
+    let piece = left.take().unwrap_or_else(|| {
+        let piece = Bytes::from_owner(Piece(Arc::clone(part), *index));
+        *index += 1;
+        piece
+    });
+    let chunk = piece.slice(..piece.len().min(CHUNK));
+    *left = Some(piece.slice(chunk.len()..)).filter(|left| !left.is_empty());
+    chunk
+}
+
+/// A part's bytes did not come: [`Failed`] knows why.
+#[derive(Debug, thiserror::Error)]
+#[error("the part cannot be read")]
+struct Unreadable;
+
 impl HttpBody for PartBody {
     type Data = Bytes;
-    type Error = std::convert::Infallible;
+    type Error = Unreadable;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
-        _: &mut Task<'_>,
+        task: &mut Task<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        self.moved.mark();
-        let piece = match self.left.take() {
-            Some(left) => left,
-            None => {
-                let piece = Bytes::from_owner(Piece(Arc::clone(&self.part), self.index));
-                self.index += 1;
-                piece
+        let this = &mut *self;
+        let chunk = match &mut this.flow {
+            Flow::Memory { index, left } => next_chunk(&this.part, index, left),
+            Flow::Stream(stream) => {
+                let stream = stream.get_mut().unwrap_or_else(PoisonError::into_inner);
+                match ready!(stream.as_mut().poll_next(task)) {
+                    Some(Ok(chunk)) => chunk,
+                    Some(Err(error)) => {
+                        *this.failed.lock() = Some(error);
+                        return Poll::Ready(Some(Err(Unreadable)));
+                    }
+                    None => Bytes::new(),
+                }
             }
         };
-        if piece.is_empty() {
+        this.moved.mark();
+        if chunk.is_empty() {
             return Poll::Ready(None);
         }
-        let chunk = piece.slice(..piece.len().min(CHUNK));
-        self.left = Some(piece.slice(chunk.len()..)).filter(|left| !left.is_empty());
         Poll::Ready(Some(Ok(Frame::data(chunk))))
     }
 

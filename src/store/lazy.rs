@@ -30,7 +30,7 @@ use crate::{
         image::{Manifest, Record},
         upload::{KeptPart, UploadToken},
     },
-    port::{BoxFuture, Delete, ObjectReader, ObjectStore, Upload},
+    port::{BoxFuture, Delete, ObjectReader, ObjectStore, Outlet, Over, Upload},
 };
 
 /// Longest wait for an attempt: well below the minute after which a call is
@@ -267,6 +267,14 @@ impl ObjectStore for LazyStore {
 
     fn delete<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Delete>> {
         Box::pin(async { self.store().await?.delete(id).await })
+    }
+
+    fn outlet<'a>(&'a self, name: &'a str, over: Over) -> BoxFuture<'a, Result<Box<dyn Outlet>>> {
+        Box::pin(async move { self.store().await?.outlet(name, over).await })
+    }
+
+    fn abandon<'a>(&'a self, token: &'a UploadToken) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async { self.store().await?.abandon(token).await })
     }
 }
 

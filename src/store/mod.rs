@@ -20,6 +20,6 @@ pub use self::{
     http::Http,
     lazy::LazyStore,
     oci::OciBucket,
-    par::{ObjectPar, ParBucket, ParUrl},
+    par::{ObjectPar, ParBucket, ParOutlets, ParUrl},
     s3::S3Bucket,
 };

@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Inner, Work,
     capture::Capture,
+    export::Export,
     registry::{Job, Reservation},
     rehearse::Rehearse,
     restore::Restore,
@@ -31,6 +32,8 @@ pub(super) enum Task {
     Verify(Box<Found>),
     /// Try what an image would cost.
     Rehearse(Box<Rehearse>),
+    /// Send an image's object elsewhere.
+    Export(Box<Export>),
     /// Write an image over a volume.
     Restore(Box<Restore>),
 }
@@ -55,7 +58,7 @@ async fn drive(work: Work, job: Job, task: Task) {
     let mut tracker = Tracker::new(state.clone(), ports.journal.clone(), ports.clock.clone());
     let image = match &task {
         Task::Capture(capture) => Some(capture.image.id.clone()),
-        Task::Verify(_) | Task::Rehearse(_) | Task::Restore(_) => None,
+        Task::Verify(_) | Task::Rehearse(_) | Task::Export(_) | Task::Restore(_) => None,
     };
     if let Task::Capture(capture) = &task
         && let Some(interrupted) = &capture.interrupted
@@ -76,6 +79,7 @@ async fn drive(work: Work, job: Job, task: Task) {
                 verify::run(&work, &found, &mut tracker, &watchdog, &stop, place).await
             }
             Task::Rehearse(rehearse) => rehearse.run(&work, &mut tracker, &stop).await,
+            Task::Export(export) => export.run(&mut tracker, &watchdog, &stop, place).await,
             Task::Restore(restore) => {
                 restore.run(&work, &mut tracker, &watchdog, &stop, place).await
             }

@@ -14,10 +14,13 @@ pub mod admission;
 mod aside;
 mod capture;
 mod driver;
+mod export;
 mod governor;
 mod live;
+mod object;
 mod order;
 mod preflight;
+mod reading;
 mod recover;
 mod registry;
 mod rehearse;
@@ -28,18 +31,22 @@ mod tracker;
 mod verify;
 mod watchdog;
 
-use std::{num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, num::NonZeroUsize, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::{Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-pub use self::order::{CreateImage, RehearseImage, RestoreVolume, Source, VerifyImage};
+pub use self::order::{
+    CreateImage, Destination, ExportImage, RehearseImage, RestoreVolume, Source, VerifyImage,
+};
+pub use self::reading::{Chunk, Reading};
 pub use self::stores::Step;
 use self::{
     order::{check_name, check_path, compact, fingerprint, retry},
     registry::Registry,
 };
 pub use crate::catalogue::Listed;
+pub use crate::port::{Over, Secret};
 use crate::{
     catalogue::{Catalogue, Found},
     encode::SpareMemory,
@@ -52,7 +59,7 @@ use crate::{
         trace::Trace,
         work_request::{Action, EntityType, Operation, Resource, Retry, WorkRequest},
     },
-    port::{Clock, Hypervisor, Inspector, Journal, ObjectStore, Volumes},
+    port::{Clock, Hypervisor, Inspector, Journal, ObjectStore, Outlets, Volumes},
 };
 
 /// Everything that the work needs from the world.
@@ -66,6 +73,8 @@ pub struct Ports {
     pub volumes: Arc<dyn Volumes>,
     /// Where images are kept.
     pub stores: Vec<Arc<dyn ObjectStore>>,
+    /// What finds objects by URLs.
+    pub outlets: Arc<dyn Outlets>,
     /// What looks into images.
     pub inspector: Arc<dyn Inspector>,
     /// What survives a restart.
@@ -122,6 +131,8 @@ struct Inner {
     registry: Registry,
     /// Places for work that runs.
     places: Arc<Semaphore>,
+    /// Images that are read by clients.
+    readers: reading::Readers,
     /// Memory that captures share.
     spare: SpareMemory,
     tasks: TaskTracker,
@@ -153,6 +164,7 @@ impl Work {
             catalogue,
             registry,
             places: Arc::new(Semaphore::new(settings.max_captures.get())),
+            readers: reading::Readers::default(),
             spare: SpareMemory::default(),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
@@ -356,6 +368,54 @@ impl Work {
         }
     }
 
+    /// Accepts an order to send an image's object elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// As [`verify_image`](Self::verify_image); `STORE_NOT_FOUND`,
+    /// `INVALID_PARAMETER`, `OBJECT_EXISTS` and what the store says.
+    pub async fn export_image(&self, wanted: ExportImage) -> Result<WorkRequest> {
+        // Only its digest is kept.
+        let words = format!("export {} {}", wanted.image_id, wanted.words());
+        let retry = retry(&wanted.retry_token, &wanted.requested_by, &words);
+        if let Some(known) = self.0.known(retry.as_ref())? {
+            return Ok(known);
+        }
+        let found = self.whole(&wanted.image_id).await?;
+        let resources = vec![Resource {
+            action: Action::Related,
+            entity_type: EntityType::Image,
+            identifier: wanted.image_id.to_string(),
+        }];
+        let request = self.0.new_request(
+            Operation::ExportImage,
+            found.image.record.compartment_id.clone(),
+            resources,
+            wanted.requested_by,
+            retry,
+        );
+        let lock = admission::Lock::Image(wanted.image_id.clone());
+        match self.0.reserve(request, lock)? {
+            registry::Admitted::Known(known) => Ok(known),
+            registry::Admitted::New(request, reservation) => {
+                let (outlet, store) = match wanted.destination {
+                    Destination::Uri(uri) => {
+                        (self.0.ports.outlets.by_uri(&uri, wanted.over)?, None)
+                    }
+                    Destination::Object { store, name } => {
+                        let name = name.unwrap_or_else(|| format!("{}.qcow2", wanted.image_id));
+                        let to = self.0.catalogue.store(&store)?;
+                        (to.outlet(&name, wanted.over).await?, Some(store))
+                    }
+                };
+                self.0.keep(&request).await?;
+                let export = Box::new(export::Export { found, outlet, store });
+                driver::spawn(self, reservation, driver::Task::Export(export));
+                Ok(request)
+            }
+        }
+    }
+
     /// An image that is whole.
     async fn whole(&self, id: &ImageId) -> Result<Found> {
         match self.0.catalogue.find(id).await {
@@ -421,6 +481,7 @@ impl Work {
     pub async fn delete_image(&self, id: &ImageId) -> Result<()> {
         let image = self.0.catalogue.get(id).await?;
         self.0.registry.check_unused(id)?;
+        self.0.readers.check_unused(id)?;
         self.0.catalogue.delete(id).await?;
         tracing::info!(image = %id, name = image.record.display_name, "image deleted");
         Ok(())
@@ -432,7 +493,8 @@ impl Work {
     ///
     /// `IMAGE_NOT_FOUND`, `STORE_UNAVAILABLE`.
     pub async fn image(&self, id: &ImageId) -> Result<Image> {
-        self.0.catalogue.get(id).await
+        let image = self.0.catalogue.get(id).await?;
+        Ok(shown(image, &self.0.registry.exporting()))
     }
 
     /// All images, by id.
@@ -441,7 +503,10 @@ impl Work {
     ///
     /// `STORE_UNAVAILABLE` when no store answers.
     pub async fn images(&self) -> Result<Listed> {
-        self.0.catalogue.list().await
+        let Listed { images, silent } = self.0.catalogue.list().await?;
+        let exporting = self.0.registry.exporting();
+        let images = images.into_iter().map(|image| shown(image, &exporting)).collect();
+        Ok(Listed { images, silent })
     }
 
     /// The instances of this host.
@@ -608,6 +673,16 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// `image` as it is shown while the objects of `exporting` are sent elsewhere.
+fn shown(mut image: Image, exporting: &BTreeSet<String>) -> Image {
+    if exporting.contains(image.id.as_str())
+        && let ImageState::Available(stored) = image.state
+    {
+        image.state = ImageState::Exporting(stored);
+    }
+    image
 }
 
 /// Symbolic links resolved where they can be, so that one volume has one

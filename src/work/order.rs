@@ -13,6 +13,7 @@ use crate::{
         live::Mode,
         work_request::Retry,
     },
+    port::{Over, Secret},
 };
 
 /// An order for an image.
@@ -69,6 +70,46 @@ pub struct RestoreVolume {
     pub retry_token: Option<String>,
     /// Who asks.
     pub requested_by: String,
+}
+
+/// An order to send an image's object elsewhere.
+#[derive(Debug, Clone)]
+pub struct ExportImage {
+    /// Which.
+    pub image_id: ImageId,
+    /// Where to.
+    pub destination: Destination,
+    /// What it may replace there.
+    pub over: Over,
+    /// Makes asking twice asking once.
+    pub retry_token: Option<String>,
+    /// Who asks.
+    pub requested_by: String,
+}
+
+impl ExportImage {
+    /// What tells it from other orders about the same image. A secret.
+    pub(super) fn words(&self) -> String {
+        let over = self.over;
+        match &self.destination {
+            Destination::Uri(Secret(uri)) => format!("{over:?} to {uri:?}"),
+            Destination::Object { store, name } => format!("{over:?} to {name:?} in {store:?}"),
+        }
+    }
+}
+
+/// Where an object is sent.
+#[derive(Debug, Clone)]
+pub enum Destination {
+    /// Another store.
+    Object {
+        /// Its name.
+        store: String,
+        /// The object's; none: the image's OCID, and `.qcow2`.
+        name: Option<String>,
+    },
+    /// The object that a URL gives access to.
+    Uri(Secret),
 }
 
 /// An order to try what an image of a running instance would cost.

@@ -8,7 +8,10 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         trace::Trace,
-        work_request::{Action, EntityType, LogEntry, Operation, Resource, Status, WorkRequest},
+        upload::Outgoing,
+        work_request::{
+            Action, EntityType, LogEntry, Operation, Phase, Resource, Status, WorkRequest,
+        },
     },
     port::ObjectStore,
     recorder::Recorder,
@@ -42,6 +45,7 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
         }
         stores.there.push(store.as_ref());
     }
+    stores.take_back(ports, &mut requests).await?;
     for request in requests.iter_mut().filter(|request| !request.status.is_final()) {
         let now = ports.clock.now();
         match stores.made_its_image(request).await {
@@ -50,7 +54,7 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
             Made::No => {
                 let error =
                     Error::new(Reason::DaemonStopped, "imaged died before the work was done")
-                        .advice(left(request.operation));
+                        .advice(left(request));
                 let status = match request.status {
                     Status::Canceling => Status::Canceled,
                     _ => Status::Failed,
@@ -74,16 +78,35 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
     Ok(requests)
 }
 
-/// What is left of work whose daemon died.
-fn left(operation: Operation) -> &'static str {
-    match operation {
-        Operation::CreateImage | Operation::VerifyImage | Operation::RehearseImage => {
-            "no image came of it, and its remains are removed; ask again, with a new retry token"
-        }
-        Operation::RestoreVolume => {
-            "if the volume was there before, what it held is lost, and no machine boots from it: \
+/// What is left of work whose daemon died, and what to do.
+fn left(request: &WorkRequest) -> String {
+    let advice = match (&request.operation, &request.outgoing) {
+        (Operation::RestoreVolume, _) => {
+            "if the volume was there before, what it held is lost, and no machine boots from it; \
              ask again, with a new retry token"
+                .into()
         }
+        (Operation::ExportImage, Some(Outgoing { upload: None, location })) => format!(
+            "what was sent to {location} is no object yet, and stays as an upload until a \
+             lifecycle rule of the bucket, or `oci os multipart abort`, removes it: its URL is not \
+             kept; export the image again, with a new retry token"
+        ),
+        (Operation::ExportImage, Some(Outgoing { upload: Some(upload), .. })) => format!(
+            "its upload could not be aborted now: the next start of imaged, or `imagectl store gc \
+             {}`, does that; then export the image again, with a new retry token",
+            upload.store
+        ),
+        (Operation::ExportImage, None) => {
+            "nothing of it is left; export the image again, with a new retry token".into()
+        }
+        _ => "no image came of it, and its remains are removed; ask again, with a new retry token"
+            .into(),
+    };
+    match (request.operation, request.phase) {
+        (Operation::ExportImage, Phase::Seal) => {
+            format!("look first whether the object is there, whole; if it is not: {advice}")
+        }
+        _ => advice,
     }
 }
 
@@ -147,6 +170,24 @@ struct Stores<'a> {
 }
 
 impl Stores<'_> {
+    /// Aborts what dead exports have begun, also in earlier processes.
+    async fn take_back(&self, ports: &Ports, requests: &mut [WorkRequest]) -> Result<()> {
+        for request in requests {
+            let sent = request.outgoing.as_ref().and_then(|outgoing| outgoing.upload.as_ref());
+            let Some(upload) = sent else { continue };
+            let store = self.there.iter().find(|store| store.name() == upload.store);
+            let Some(store) = store else { continue };
+            match store.abandon(&upload.token).await {
+                Ok(()) => {
+                    request.outgoing = None;
+                    ports.journal.put(request).await?;
+                }
+                Err(error) => tracing::error!(work_request = %request.id, "{error:?}"),
+            }
+        }
+        Ok(())
+    }
+
     async fn made_its_image(&self, request: &WorkRequest) -> Made {
         let made = |resource: &&Resource| {
             (resource.action, resource.entity_type) == (Action::InProgress, EntityType::Image)

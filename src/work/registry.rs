@@ -2,7 +2,7 @@
 //! remembered.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -14,7 +14,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         ImageId, Timestamp, WorkRequestId,
-        work_request::{Retry, Status, WorkRequest},
+        work_request::{Operation, Retry, Status, WorkRequest},
     },
 };
 
@@ -158,6 +158,27 @@ impl Registry {
         }
     }
 
+    /// Images whose objects are being sent elsewhere.
+    pub(super) fn exporting(&self) -> BTreeSet<String> {
+        let entries = self.entries();
+        let alive = entries.values().filter(|entry| entry.lock.is_some());
+        let exports = alive.filter(|entry| entry.standing == Standing::Accepted).filter_map(|e| {
+            let request = e.state.borrow();
+            let image = || request.resources.first().map(|image| image.identifier.clone());
+            (request.operation == Operation::ExportImage).then(image)?
+        });
+        exports.collect()
+    }
+
+    /// Takes note that nothing of what `id` sent is left; as it is then.
+    pub(super) fn taken_back(&self, id: &WorkRequestId) -> Option<WorkRequest> {
+        let entries = self.entries();
+        let state = &entries.get(id)?.state;
+        state.send_modify(|request| request.outgoing = None);
+        let request = state.borrow().clone();
+        Some(request)
+    }
+
     /// Gives back what `id` held.
     pub(super) fn release(&self, id: &WorkRequestId) {
         if let Some(entry) = self.entries().get_mut(id) {
@@ -266,7 +287,7 @@ fn not_found(id: &WorkRequestId) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{CompartmentId, work_request::Operation};
+    use crate::model::CompartmentId;
 
     fn request(number: u64, token: Option<&str>) -> WorkRequest {
         let retry = token.map(|token| Retry {

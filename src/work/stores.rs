@@ -75,7 +75,23 @@ impl Work {
             resource.entity_type == EntityType::Image && resource.action == Action::InProgress
         });
         let keep: Vec<_> = made.filter_map(|image| image.identifier.parse().ok()).collect();
-        store.sweep(&keep).await
+        Ok(store.sweep(&keep).await? + self.take_back(&**store).await?)
+    }
+
+    /// Aborts what exports left in `store` that could not be aborted before.
+    async fn take_back(&self, store: &dyn ObjectStore) -> Result<usize> {
+        let mut aborted = 0;
+        for request in self.work_requests() {
+            let sent = request.outgoing.as_ref().and_then(|outgoing| outgoing.upload.as_ref());
+            let left = sent.filter(|upload| upload.store == store.name());
+            let Some(upload) = left.filter(|_| request.status.is_final()) else { continue };
+            store.abandon(&upload.token).await?;
+            if let Some(request) = self.0.registry.taken_back(&request.id) {
+                self.0.ports.journal.put(&request).await?;
+            }
+            aborted += 1;
+        }
+        Ok(aborted)
     }
 }
 

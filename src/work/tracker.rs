@@ -16,7 +16,7 @@ use crate::{
         image::{PhaseTime, StoredPart},
         live::{Rehearsal, Undo},
         trace::Trace,
-        upload::{KeptPart, Receipt, Resume},
+        upload::{KeptPart, Outgoing, Receipt, Resume},
         work_request::{ErrorEntry, LogEntry, Phase, Progress, Status, WorkRequest},
     },
     port::{Clock, Journal, Part},
@@ -216,6 +216,17 @@ impl Tracker {
         self.teller.state.send_modify(|request| request.undo = undo);
         self.keep().await?;
         self.keep_trace().await
+    }
+
+    /// What is to be aborted whatever happens to imaged from here on; `None`:
+    /// nothing any more.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`: it would not be known after a crash.
+    pub(super) async fn sends(&self, outgoing: Option<Outgoing>) -> Result<()> {
+        self.teller.state.send_modify(|request| request.outgoing = outgoing);
+        self.keep().await
     }
 
     /// Says what a rehearsal found.

@@ -16,6 +16,7 @@ mod proxy;
 #[path = "../lab/weed.rs"]
 mod weed;
 
+mod export;
 mod image;
 mod lifecycle;
 mod live;

@@ -27,6 +27,7 @@ use imaged::{
     port::{
         BoxFuture, Delete, HeldVolume, ObjectReader, ObjectStore, Pace, Target, Upload, Volumes,
     },
+    store::ParOutlets,
     worker::Workers,
 };
 
@@ -121,6 +122,7 @@ async fn empty(_: Config, _: Vec<Instance>) -> Result<Parts> {
             Arc::new(EmptyStore { name: "local", space: Some(space) }),
             Arc::new(EmptyStore { name: "far", space: None }),
         ],
+        outlets: Arc::new(ParOutlets::new("test".into())),
         inspector: Arc::new(Workers::of(env!("CARGO_BIN_EXE_imaged").into())),
         features: vec![Feature {
             name: "io_uring".into(),

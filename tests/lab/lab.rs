@@ -90,7 +90,17 @@ impl Daemon {
 
     /// Starts one in `dir`, which may have been a daemon's before.
     pub fn start_in(dir: &Path, config: &Config) -> Self {
-        let child = spawn(dir, config, Stdio::inherit());
+        Self::start_telling(dir, config, Stdio::inherit())
+    }
+
+    /// The same, and what it logs is added to a file in `dir`.
+    pub fn start_logged(dir: &Path, config: &Config) -> Self {
+        let log = fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
+        Self::start_telling(dir, config, log.into())
+    }
+
+    fn start_telling(dir: &Path, config: &Config, stderr: Stdio) -> Self {
+        let child = spawn(dir, config, stderr);
         let mut daemon = Self { child, dir: dir.to_owned(), kept: None };
         wait_for("imaged to answer", Duration::from_secs(20), || {
             if let Some(status) = daemon.child.try_wait().unwrap() {

@@ -246,6 +246,15 @@ pub(in crate::ctl) fn garbage(uploads: u32) -> Value {
     object([("uploads", uploads.into())])
 }
 
+/// A file that an image was copied to.
+pub(in crate::ctl) fn file(path: &str, size_bytes: u64, object_digest: &str) -> Value {
+    object([
+        ("file", text(path)),
+        ("object-digest", text(object_digest)),
+        ("size-bytes", size(size_bytes)),
+    ])
+}
+
 /// An object with its keys in order, however `serde_json` was built.
 fn object<K: Into<String>>(fields: impl IntoIterator<Item = (K, Value)>) -> Value {
     let mut fields: Vec<_> = fields.into_iter().map(|(key, value)| (key.into(), value)).collect();

@@ -272,6 +272,134 @@ fn a_damaged_image_has_an_exit_code_of_its_own() {
 }
 
 #[test]
+fn an_export_says_where_the_object_is() {
+    let location = "the object is at https://s3/images/web: 3.00 GiB (3221225472 bytes), ETag x";
+    let mut exported = pb::WorkRequest {
+        operation_type: pb::work_request::OperationType::ExportImage.into(),
+        ..succeeded()
+    };
+    exported.logs = vec![pb::WorkRequestLogEntry { message: location.into(), timestamp: None }];
+    let twin = watching([vec![Step::send(exported)]]);
+    let line = format!("image export to-object --image-id {IMAGE_ID} --store far --name web");
+    let ran = run(&twin.socket(), &line);
+    assert_eq!((ran.exit, &*ran.out), (Exit::Success, &*format!("{location}\n")), "{}", ran.err);
+    let exports = twin.script.exports.lock().unwrap();
+    let object = pb::ExportToObject { store: "far".into(), name: "web".into() };
+    let wanted = pb::export_image_request::Destination::Object(object);
+    assert_eq!(exports[0].destination, Some(wanted));
+    assert!(!exports[0].overwrite);
+}
+
+#[test]
+fn a_secret_url_comes_from_standard_input_or_a_file() {
+    use pb::export_image_request::Destination::Uri;
+    let twin = watching((0..3).map(|_| vec![Step::send(succeeded())]));
+    let url = "https://os/p/hush/n/ns/b/images/o/web";
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), format!("{url}\n")).unwrap();
+    let from_file = format!("file://{}", file.path().display());
+    let told: Vec<_> = ["-", &from_file, url, "file:///nowhere/url"]
+        .map(|uri| {
+            let line = format!("image export to-object-uri --image-id {IMAGE_ID} --uri {uri}");
+            let ran = run_with(&twin.socket(), &line, &format!("{url}\n"), Stream::Other);
+            assert!(!ran.err.contains("hush"), "{}", ran.err);
+            ran.err.lines().next().unwrap_or_default().to_owned()
+        })
+        .into();
+    insta::assert_snapshot!(told.join("\n"), @"
+    work request ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+    work request ocid1.workrequest.imaged..01k6dz3s20bbbbbbbbbbbbbbbb
+    the URL could be seen by everyone on this host while imagectl runs: give it as file://PATH, or as - on standard input
+    imagectl: the URL cannot be read from /nowhere/url
+    ");
+    let exports = twin.script.exports.lock().unwrap();
+    assert_eq!(exports.len(), 3);
+    for export in &exports[..] {
+        assert!(
+            export.destination == Some(Uri(url.into())) && !format!("{export:?}").contains("hush")
+        );
+    }
+}
+
+/// An object of two parts, as it is read.
+fn object() -> Vec<Result<pb::ReadImageObjectResponse, Status>> {
+    use sha2::{Digest, Sha256};
+    let parts: [&[u8]; 2] = [b"qcow", b"2"];
+    let mut whole = Sha256::new();
+    parts.iter().for_each(|part| whole.update(Sha256::digest(part)));
+    let object_digest = whole.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let first =
+        pb::ReadImageObjectResponse { object_size_bytes: 5, object_digest, ..Default::default() };
+    let further = |data: &[u8], ends_part| pb::ReadImageObjectResponse {
+        data: data.into(),
+        ends_part,
+        ..Default::default()
+    };
+    vec![Ok(first), Ok(further(b"qc", false)), Ok(further(b"ow", true)), Ok(further(b"2", true))]
+}
+
+fn read_to_file(twin: &Twin, dir: &Path, more: &str) -> Ran {
+    let file = dir.join("web.qcow2");
+    let line =
+        format!("image export to-file --image-id {IMAGE_ID} --file {} {more}", file.display());
+    let mut ran = run(&twin.socket(), &line);
+    for text in [&mut ran.out, &mut ran.err] {
+        *text = text.replace(dir.to_str().unwrap(), "/srv");
+        // What is told on the way.
+        *text =
+            text.lines().filter(|line| !line.starts_with("export ")).collect::<Vec<_>>().join("\n");
+    }
+    ran
+}
+
+#[test]
+fn a_file_is_the_image_or_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let files = || std::fs::read_dir(dir.path()).unwrap().count();
+    let reading = |messages| {
+        let script = Script::default();
+        *script.object.lock().unwrap() = messages;
+        Twin::start(script)
+    };
+    let mut other = object();
+    other[3].as_mut().unwrap().data = b"3".to_vec();
+    let short = object()[..3].to_vec();
+    let broken = [&object()[..3], &[Err(Status::data_loss("the object is another"))]].concat();
+    for (messages, exit) in [
+        (other, Exit::VerificationFailed),
+        (short, Exit::VerificationFailed),
+        (broken, Exit::VerificationFailed),
+        (vec![Err(Status::unavailable("away"))], Exit::Failed),
+    ] {
+        let ran = read_to_file(&reading(messages), dir.path(), "");
+        assert_eq!((ran.exit, files()), (exit, 0), "{}", ran.err);
+    }
+    let twin = reading(object());
+    let ran = read_to_file(&twin, dir.path(), "");
+    insta::assert_snapshot!(ran.out + &ran.err, @"/srv/web.qcow2 is the image: 5 B, checked");
+    assert_eq!(std::fs::read(dir.path().join("web.qcow2")).unwrap(), b"qcow2");
+
+    let again = read_to_file(&twin, dir.path(), "");
+    assert_eq!(again.exit, Exit::Failed);
+    insta::assert_snapshot!(again.err, @"
+    imagectl: the file /srv/web.qcow2 cannot be written
+      0: File exists (os error 17)
+      help: choose another name, or say --force to replace it
+    ");
+    let forced = read_to_file(&twin, dir.path(), "--force --output json");
+    assert_eq!((forced.exit, files()), (Exit::Success, 1), "{}", forced.err);
+    insta::assert_snapshot!(forced.out, @r#"
+    {
+      "data": {
+        "file": "/srv/web.qcow2",
+        "object-digest": "263435256b40795e74f35926e784564317be51ae46e5b5aebac19b3e16080cdd",
+        "size-bytes": 5
+      }
+    }
+    "#);
+}
+
+#[test]
 fn an_image_that_cannot_be_read_back_is_not_called_damaged() {
     let mut unread = corrupt();
     unread.errors[0].code = "STORE_UNAVAILABLE".into();
@@ -486,6 +614,10 @@ fn man_pages_and_completions_come_from_the_same_definitions() {
     imagectl-host.1
     imagectl-image-create.1
     imagectl-image-delete.1
+    imagectl-image-export-to-file.1
+    imagectl-image-export-to-object-uri.1
+    imagectl-image-export-to-object.1
+    imagectl-image-export.1
     imagectl-image-get.1
     imagectl-image-list.1
     imagectl-image-verify.1

@@ -52,6 +52,9 @@ pub struct Script {
     pub creates: Mutex<Vec<pb::CreateImageRequest>>,
     pub lists: Mutex<Vec<pb::ListImagesRequest>>,
     pub deletes: Mutex<Vec<String>>,
+    pub exports: Mutex<Vec<pb::ExportImageRequest>>,
+    /// What an image's object is read as.
+    pub object: Mutex<Vec<Result<pb::ReadImageObjectResponse, Status>>>,
     /// Connections that break instead of carrying the answer to a create.
     pub cut_creates: AtomicU32,
     pub refusal: Mutex<Option<Status>>,
@@ -171,6 +174,27 @@ impl ImageService for Service {
 
     async fn verify_image(&self, _: Request<pb::VerifyImageRequest>) -> Answer<pb::WorkRequest> {
         Ok(Response::new(samples::accepted()))
+    }
+
+    async fn export_image(
+        &self,
+        request: Request<pb::ExportImageRequest>,
+    ) -> Answer<pb::WorkRequest> {
+        self.0.refuse()?;
+        self.0.exports.lock().unwrap().push(request.into_inner());
+        Ok(Response::new(samples::accepted()))
+    }
+
+    type ReadImageObjectStream =
+        Pin<Box<dyn Stream<Item = Result<pb::ReadImageObjectResponse, Status>> + Send>>;
+
+    async fn read_image_object(
+        &self,
+        _: Request<pb::ReadImageObjectRequest>,
+    ) -> Answer<Self::ReadImageObjectStream> {
+        self.0.refuse()?;
+        let messages = self.0.object.lock().unwrap().clone();
+        Ok(Response::new(Box::pin(tokio_stream::iter(messages))))
     }
 }
 

@@ -2,12 +2,12 @@
 
 use std::{cell::RefCell, collections::BTreeMap, fmt::Write as _, path::Path, time::Duration};
 
-use super::{Page, Session, pages, work_request};
+use super::{Page, Session, export, pages, work_request};
 use crate::{
     ctl::{
         args::{
-            Consistency, ImageCreate, ImageList, ImageVerb, ImageVerify, OnReadError, Output,
-            Until, WaitFor,
+            Consistency, ImageCreate, ImageExport, ImageList, ImageVerb, ImageVerify, OnReadError,
+            Output, Until, WaitFor,
         },
         console::{Console, Stream},
         exit::Exit,
@@ -31,6 +31,9 @@ pub(super) async fn run(mut session: Session<'_, '_>, verb: ImageVerb) -> Result
         // Its question was asked before.
         ImageVerb::Delete { image_id, force: _ } => delete(session, image_id).await,
         ImageVerb::Verify(args) => verify(session, args).await,
+        ImageVerb::Export(ImageExport::ToObject(args)) => export::to_object(session, args).await,
+        ImageVerb::Export(ImageExport::ToObjectUri(args)) => export::to_uri(session, args).await,
+        ImageVerb::Export(ImageExport::ToFile(args)) => export::to_file(session, args).await,
     }
 }
 

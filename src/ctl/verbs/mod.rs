@@ -1,8 +1,10 @@
 //! What each verb asks of imaged, by noun.
 
+mod export;
 mod host;
 mod image;
 mod instance;
+mod new_file;
 mod store;
 mod volume;
 mod work_request;

@@ -83,6 +83,7 @@ fn work_request(status: Status, read: u64) -> WorkRequest {
         undo: None,
         rehearsal: None,
         resume: None,
+        outgoing: None,
     }
 }
 

@@ -7,6 +7,7 @@
 //!  order         for how long
 //! ```
 
+mod delivery;
 mod layout;
 mod reader;
 mod retry;
@@ -19,8 +20,13 @@ use std::{fmt, ops::Range, sync::Arc};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
+pub(super) use self::{
+    delivery::exists,
+    retry::{PATIENT, again},
+};
 pub use self::{retry::Retry, store::BucketStore};
 use super::http::Answer;
+pub use crate::port::Over;
 use crate::{
     error::{Error, Reason, Result},
     model::{ByteSize, image::ObjectDigest},
@@ -167,15 +173,6 @@ pub struct Facts {
     pub etag: ETag,
     /// What its upload was begun with; empty where nothing was.
     pub mark: String,
-}
-
-/// What a small object may replace.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Over {
-    /// Anything.
-    Anything,
-    /// Nothing: there must be none.
-    Nothing,
 }
 
 /// What came of storing a small object.

@@ -16,7 +16,7 @@ use tokio::runtime::Handle;
 
 use super::{Bucket, Facts, Retry};
 use crate::{
-    error::Error,
+    error::{Error, Reason},
     port::{BoxFuture, ObjectReader, ReadAt},
 };
 
@@ -83,7 +83,7 @@ impl BucketReader {
         let fetched = async move {
             task.await.unwrap_or_else(|cause| {
                 let context = "a fetch ended early";
-                Err(Arc::new(Error::new(crate::error::Reason::Internal, context).because(cause)))
+                Err(Arc::new(Error::new(Reason::Internal, context).because(cause)))
             })
         };
         fetched.boxed().shared()
@@ -102,7 +102,13 @@ impl ReadAt for BucketReader {
         }
         while !buf.is_empty() {
             let block = self.runtime.block_on(self.block(offset / BLOCK));
-            let block = block.map_err(|error| io::Error::other(error.report()))?;
+            let block = block.map_err(|error| {
+                let kind = match error.reason() {
+                    Reason::StoreUnavailable => io::ErrorKind::TimedOut,
+                    _ => io::ErrorKind::Other,
+                };
+                io::Error::new(kind, error.report())
+            })?;
             let from = usize::try_from(offset % BLOCK).unwrap_or(usize::MAX);
             let bytes = block.get(from..).unwrap_or_default();
             let len = bytes.len().min(buf.len());

@@ -49,7 +49,7 @@ impl Retry {
 }
 
 /// What `call` gives, asked again for `patience`.
-async fn again<'a, T>(
+pub async fn again<'a, T>(
     patience: Duration,
     call: impl Fn() -> BoxFuture<'a, Result<T>>,
 ) -> Result<T> {

@@ -11,6 +11,7 @@ use tokio::runtime::Handle;
 
 use super::{
     Bucket, Over, Put, Removal, Retry,
+    delivery::{self, BucketOutlet},
     layout::Layout,
     reader::BucketReader,
     retry::{BRIEF, PATIENT},
@@ -25,7 +26,7 @@ use crate::{
         image::{Manifest, Record},
         upload::{KeptPart, UploadToken},
     },
-    port::{BoxFuture, Delete, ObjectReader, ObjectStore, Upload},
+    port::{BoxFuture, Delete, ObjectReader, ObjectStore, Outlet, Upload},
     store::{
         form::{
             self, EXTENTS, MANIFEST, MAX_MANIFEST, MAX_RECORD, MAX_SMALL, Marker, OBJECT, Owner,
@@ -374,5 +375,16 @@ impl ObjectStore for BucketStore {
             let _ = store.brief.put(&store.layout.tombstone(id), manifest, Over::Anything).await?;
             store.clear(id).await
         })
+    }
+
+    fn outlet<'a>(&'a self, name: &'a str, over: Over) -> BoxFuture<'a, Result<Box<dyn Outlet>>> {
+        Box::pin(async move {
+            let outlet = BucketOutlet::find(Arc::clone(&self.store), name, over).await?;
+            Ok(Box::new(outlet) as Box<dyn Outlet>)
+        })
+    }
+
+    fn abandon<'a>(&'a self, token: &'a UploadToken) -> BoxFuture<'a, Result<()>> {
+        Box::pin(delivery::abandon(&self.store, token))
     }
 }

@@ -154,11 +154,42 @@ impl Access {
             "{}: the pre-authenticated request does not allow {need}, has expired or was deleted",
             self.cannot(what)
         );
-        Error::new(Reason::StoreDenied, context).because(refusal).advice(
-            "make a new one for the bucket with --access-type AnyObjectReadWrite and \
-             --bucket-listing-action ListObjects, and put its URL into the file that the store's \
-             `credentials` names; then restart imaged",
-        )
+        let advice = match self.url.object {
+            None => {
+                "make a new one for the bucket with --access-type AnyObjectReadWrite and \
+                 --bucket-listing-action ListObjects, and put its URL into the file that the \
+                 store's `credentials` names; then restart imaged"
+            }
+            Some(_) => {
+                "make a new one for the object with --access-type ObjectWrite, and ask again with \
+                 its URL"
+            }
+        };
+        Error::new(Reason::StoreDenied, context).because(refusal).advice(advice)
+    }
+
+    /// What is known of an object, as it is answered; `None` where there is
+    /// none.
+    pub async fn look(&self, key: &str, what: &str) -> Result<Option<Answer>> {
+        let target = self.object(key);
+        let answer = self.send(Ask::new(Method::HEAD, target, Need::Reading, what)).await?;
+        match answer.status {
+            status if status.is_success() => Ok(Some(answer)),
+            // It has no words: GET is asked for them.
+            StatusCode::NOT_FOUND => {
+                let target = self.object(key);
+                let ask = Ask::new(Method::GET, target, Need::Reading, what);
+                let ask = Ask { limit: ByteSize::mib(1), ..ask }.header("range", "bytes=0-0");
+                match self.find(ask).await? {
+                    None => Ok(None),
+                    Some(_) => {
+                        let context = format!("{}: it came meanwhile", self.cannot(what));
+                        Err(Error::new(Reason::StoreUnavailable, context))
+                    }
+                }
+            }
+            _ => Err(self.refused(what, Need::Reading, &answer)),
+        }
     }
 
     /// Begins an object of many parts; `None` when `only_new` and there is

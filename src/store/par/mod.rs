@@ -3,6 +3,7 @@
 
 mod access;
 mod object;
+mod outlet;
 mod seal;
 mod url;
 
@@ -11,10 +12,10 @@ use std::{ops::Range, sync::Arc};
 use bytes::Bytes;
 
 use self::access::{Access, Ask, Need};
-pub use self::{object::ObjectPar, url::ParUrl};
+pub use self::{object::ObjectPar, outlet::ParOutlets, url::ParUrl};
 use super::{
     bucket::{Bucket, Complete, ETag, Facts, Over, Page, Put, Removal, StoredAs, UploadId, whole},
-    http::{Answer, Http, Method, StatusCode, encoded},
+    http::{Http, Method, StatusCode, encoded},
     oci::answers::{self, Listing, MARK},
 };
 use crate::{
@@ -48,30 +49,6 @@ impl ParBucket {
         Ok(Self { access: Access::new(http, url) })
     }
 
-    /// What is known of an object, as it is answered; `None` where there is
-    /// none.
-    async fn look(&self, key: &str, what: &str) -> Result<Option<Answer>> {
-        let target = self.access.object(key);
-        let answer = self.access.send(Ask::new(Method::HEAD, target, Need::Reading, what)).await?;
-        match answer.status {
-            status if status.is_success() => Ok(Some(answer)),
-            // It has no words: GET is asked for them.
-            StatusCode::NOT_FOUND => {
-                let target = self.access.object(key);
-                let ask = Ask::new(Method::GET, target, Need::Reading, what);
-                let ask = Ask { limit: ByteSize::mib(1), ..ask }.header("range", "bytes=0-0");
-                match self.access.find(ask).await? {
-                    None => Ok(None),
-                    Some(_) => {
-                        let context = format!("{}: it came meanwhile", self.access.cannot(what));
-                        Err(Error::new(Reason::StoreUnavailable, context))
-                    }
-                }
-            }
-            _ => Err(self.access.refused(what, Need::Reading, &answer)),
-        }
-    }
-
     /// Whether the object is there, for who may not look.
     async fn exists(&self, key: &str, what: &str) -> Result<bool> {
         match self.access.begin(key, "", true, what).await? {
@@ -90,7 +67,7 @@ impl ParBucket {
         let (answer, outcome) = match self.access.complete(upload, &what).await? {
             Some(answer) => (answer, Complete::Done),
             // Perhaps an earlier try did it, and its answer was lost.
-            None => match self.look(key, &what).await {
+            None => match self.access.look(key, &what).await {
                 Ok(Some(answer)) => (answer, Complete::NoUpload),
                 Ok(None) => return Ok(Complete::NoUpload),
                 Err(error) if error.reason() == Reason::StoreDenied => {
@@ -153,7 +130,7 @@ impl Bucket for ParBucket {
     fn head<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<Facts>>> {
         Box::pin(async move {
             let what = format!("look at {key}");
-            let Some(answer) = self.look(key, &what).await? else { return Ok(None) };
+            let Some(answer) = self.access.look(key, &what).await? else { return Ok(None) };
             let size = ByteSize(answer.header("content-length").parse().unwrap_or(0));
             let etag = ETag(answer.header("etag").to_owned());
             Ok(Some(Facts { size, etag, mark: answer.header(MARK).to_owned() }))

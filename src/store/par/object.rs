@@ -57,14 +57,38 @@ impl ObjectPar {
         begun.ok_or_else(|| self.access.foreign(&what))
     }
 
+    /// The same, if there is no such object; `None`: there is one.
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Self::begin).
+    pub async fn begin_new(&self, mark: &str) -> Result<Option<UploadId>> {
+        let what = format!("begin the upload of {}", self.object);
+        self.access.begin(&self.object, mark, true, &what).await
+    }
+
+    /// What the service calls the object, if it is there and made of these
+    /// parts. Needs a request that allows reading.
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Self::begin).
+    pub async fn made_of(&self, parts: &[StoredAs]) -> Result<Option<ETag>> {
+        let what = format!("look at {}", self.object);
+        let looked = self.access.look(&self.object, &what).await?;
+        let ours = looked.filter(|answer| answers::is_made_of(answer, parts));
+        Ok(ours.map(|answer| ETag(answer.header("etag").to_owned())))
+    }
+
     /// Stores a part, in place of an earlier one of that number.
     pub async fn put_part(&self, upload: &UploadId, part: Arc<Part>) -> Result<ETag> {
         let what = format!("store part {} of {}", part.number, self.object);
         self.access.put_part(upload, part, &what).await
     }
 
-    /// Makes the object of all parts, which are these.
-    pub async fn complete(&self, upload: &UploadId, parts: &[StoredAs]) -> Result<()> {
+    /// Makes the object of all parts, which are these. Answers what the
+    /// service calls it.
+    pub async fn complete(&self, upload: &UploadId, parts: &[StoredAs]) -> Result<ETag> {
         let what = format!("complete {}", self.object);
         let Some(answer) = self.access.complete(upload, &what).await? else {
             let context = format!("{}: it has lost the upload", self.access.cannot(&what));
@@ -73,7 +97,7 @@ impl ObjectPar {
             ));
         };
         match answers::is_made_of(&answer, parts) {
-            true => Ok(()),
+            true => Ok(ETag(answer.header("etag").to_owned())),
             false => Err(answers::not_made_of(self.access.cannot(&what), &answer)),
         }
     }
