@@ -19,7 +19,9 @@ const PEER: &str = "peer.qcow2";
 
 /// A daemon whose images go where `table` says.
 pub fn daemon(table: &str) -> Daemon {
-    let lines = format!("boot_volume_dirs = [\"/dev\"]\nencode_threads = \"all\"\n{table}");
+    let lines = format!(
+        "boot_volume_dirs = [\"/dev\"]\nrestore_dirs = [\"/dev\"]\nencode_threads = \"all\"\n{table}"
+    );
     Daemon::start(&Config { lines, ..Config::default() })
 }
 

@@ -319,7 +319,7 @@ fn root_export_to_the_object_of_a_url_which_stays_a_secret() {
     assert_eq!(request["data"]["status"], "FAILED");
     let told = request["data"]["errors"][0]["message"].as_str().unwrap();
     insta::assert_snapshot!(crate::oci_errors::settled(&oci, told), @"
-    imaged died before the export was done
+    imaged died before the work was done
       help: what was sent to https://os/images/out/dies is no object yet, and stays as an upload until a lifecycle rule of the bucket, or `oci os multipart abort`, removes it: its URL is not kept; export the image again, with a new retry token
     ");
 
@@ -506,7 +506,7 @@ fn root_export_that_fails_leaves_nothing() {
         request["data"]["errors"][0]["message"].as_str().unwrap().to_owned()
     };
     insta::assert_snapshot!(failure(&daemon, &work), @"
-    imaged died before the export was done
+    imaged died before the work was done
       help: nothing of it is left; export the image again, with a new retry token
     ");
 
@@ -521,7 +521,7 @@ fn root_export_that_fails_leaves_nothing() {
     proxy.away();
     let daemon = Daemon::start_in(state.path(), &config);
     insta::assert_snapshot!(failure(&daemon, &work), @"
-    imaged died before the export was done
+    imaged died before the work was done
       help: its upload could not be aborted now: the next start of imaged, or `imagectl store gc far`, does that; then export the image again, with a new retry token
     ");
     proxy.back();
