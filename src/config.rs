@@ -6,7 +6,6 @@
 //! into any of these files.
 
 pub mod instances;
-mod size;
 mod source;
 mod stores;
 mod values;
@@ -41,6 +40,9 @@ pub const DEFAULT_PATH: &str = "/etc/imaged/imaged.toml";
 
 /// Group of the socket where the configuration names none.
 pub const DEFAULT_GROUP: &str = "imaged";
+
+/// Least rate: the largest part takes minutes, less than stores wait for.
+const MIN_RATE: ByteSize = ByteSize::mib(1);
 
 /// Least scratch: tables and some clusters of 64 KiB.
 const MIN_SCRATCH: ByteSize = ByteSize(4 << 20);
@@ -117,6 +119,16 @@ pub struct Config {
     /// least 1 MiB. Default: as many as its guest bears.
     #[serde(deserialize_with = "size_if_any")]
     pub read_rate: Option<ByteSize>,
+    /// Bytes a second that all work together reads of volumes at most, at least
+    /// 1 MiB. `imagectl host update` changes it until the next start. Default:
+    /// no limit.
+    #[serde(deserialize_with = "size_if_any")]
+    pub max_read_rate: Option<ByteSize>,
+    /// Bytes a second that all work together sends to stores at most, at least
+    /// 1 MiB. `imagectl host update` changes it until the next start. Default:
+    /// no limit.
+    #[serde(deserialize_with = "size_if_any")]
+    pub max_upload_rate: Option<ByteSize>,
     /// Percent, 110 to 1000. When the operations of a guest's disk take longer
     /// than this part of what is usual, its volume is read slower. Default: 150.
     #[serde(deserialize_with = "latency_percent")]
@@ -153,6 +165,8 @@ impl Default for Config {
             scratch_dir: PathBuf::new(),
             scratch_size: ByteSize::gib(10),
             read_rate: None,
+            max_read_rate: None,
+            max_upload_rate: None,
             latency_percent: 150,
             progress_timeout: values::MAX_PROGRESS_TIMEOUT,
             default_store: String::new(),
@@ -200,9 +214,16 @@ pub fn parse(text: &str, origin: &Path) -> Result<Config> {
             return Err(source.refuse(&["stores", name], format!("not a name: {cause}")));
         }
     }
-    if config.read_rate.is_some_and(|rate| rate < ByteSize::mib(1)) {
-        let message = "less than 1MiB a second would never come to an end".to_owned();
-        return Err(source.refuse(&["read_rate"], message));
+    let rates = [
+        ("read_rate", config.read_rate),
+        ("max_read_rate", config.max_read_rate),
+        ("max_upload_rate", config.max_upload_rate),
+    ];
+    for (key, rate) in rates {
+        if rate.is_some_and(|rate| rate < MIN_RATE) {
+            let message = "less than 1MiB a second would never come to an end".to_owned();
+            return Err(source.refuse(&[key], message));
+        }
     }
     if config.scratch_size < MIN_SCRATCH {
         let message = format!("less than {MIN_SCRATCH}, which any guest fills at once");
@@ -393,7 +414,7 @@ mod tests {
 
     #[test]
     fn an_unknown_key_names_file_line_and_key() {
-        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `restore_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `scratch_dir`, `scratch_size`, `read_rate`, `latency_percent`, `progress_timeout_seconds`, `default_store`, `stores`");
+        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `restore_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `scratch_dir`, `scratch_size`, `read_rate`, `max_read_rate`, `max_upload_rate`, `latency_percent`, `progress_timeout_seconds`, `default_store`, `stores`");
     }
 
     #[test]

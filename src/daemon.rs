@@ -29,7 +29,7 @@ use crate::{
     },
     error::{Context, Error, Reason, Result},
     journal::Journal,
-    model::{host::Feature, instance::Instance},
+    model::{host::Feature, instance::Instance, work_request::Rates},
     port::{Clock, Hypervisor, Inspector, ObjectStore, Outlets, Volumes},
     rpc::{self, HostFacts, StoreState},
     work::{Burden, Ports, Settings, Work},
@@ -121,6 +121,7 @@ where
         max_queued: config.max_queued,
         scratch_size: config.scratch_size,
         burden: Burden { read_rate: config.read_rate, latency_percent: config.latency_percent },
+        rates: Rates { read: config.max_read_rate, upload: config.max_upload_rate },
         progress_timeout: config.progress_timeout,
         architecture: std::env::consts::ARCH.into(),
     };

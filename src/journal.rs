@@ -555,6 +555,7 @@ mod tests {
             rehearsal: None,
             resume: None,
             outgoing: None,
+            rates: Default::default(),
         }
     }
 

@@ -565,6 +565,12 @@ pub trait Body: Send + Sync {
     fn stream(&self) -> Option<BoxStream<'static, Result<Bytes>>> {
         None
     }
+
+    /// Waits until so many bytes may be stored, for who takes the pieces.
+    /// Blocks; [`stream`](Self::stream) has waited already.
+    fn admit(&self, bytes: usize) {
+        let _ = bytes;
+    }
 }
 
 /// The pieces of `body`, in order.

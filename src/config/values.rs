@@ -9,8 +9,8 @@ use std::{
 
 use serde::{Deserialize, Deserializer, de};
 
-use super::size::parse as parse_size;
 use crate::model::ByteSize;
+use crate::model::size::parse as parse_size;
 
 pub(super) const DEFAULT_CAPTURES: NonZeroUsize = NonZeroUsize::MIN.saturating_add(1);
 pub(super) const DEFAULT_READ_DEPTH: NonZeroU16 = NonZeroU16::MIN.saturating_add(15);

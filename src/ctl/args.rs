@@ -6,7 +6,10 @@ use std::{collections::HashMap, convert::Infallible, fmt, fs, path::PathBuf, str
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::exit::Exit;
-use crate::pb;
+use crate::{
+    model::{ByteSize, size},
+    pb,
+};
 
 /// Where imaged listens unless told otherwise.
 pub(super) const DEFAULT_SOCKET: &str = "/run/imaged/imaged.sock";
@@ -99,6 +102,35 @@ pub(super) enum InstanceVerb {
 pub(super) enum HostVerb {
     /// Show what this host can do, and its stores.
     Get,
+    /// Change how fast all work together may go, until imaged ends: the
+    /// configuration says how it begins.
+    Update(NewRates),
+}
+
+#[derive(Debug, Args)]
+#[group(id = "rates", required = true, multiple = true)]
+pub(super) struct NewRates {
+    /// Most bytes a second that are sent to stores, such as 200MiB, or
+    /// unlimited.
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub max_upload_rate: Option<Rate>,
+    /// The same of what is read of volumes.
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub max_read_rate: Option<Rate>,
+}
+
+/// Bytes a second; 0: no limit.
+pub(super) type Rate = u64;
+
+fn parse_rate(text: &str) -> Result<Rate, String> {
+    if text == "unlimited" {
+        return Ok(0);
+    }
+    match size::parse(text) {
+        Ok(rate) if rate >= ByteSize::mib(1) => Ok(rate.get()),
+        Ok(_) => Err("less than 1MiB a second would never come to an end".into()),
+        Err(error) => Err(format!("{error}; or \"unlimited\"")),
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -191,18 +223,21 @@ pub(super) enum ImageExport {
     ///
     /// imaged copies it; the image is EXPORTING until then and cannot be
     /// deleted.
-    ToObject(ExportToObject),
+    #[command(name = "to-object")]
+    Object(ExportToObject),
     /// Copy it to the object of a pre-authenticated request of OCI's Object
     /// Storage.
     ///
     /// imaged copies it; the image is EXPORTING until then and cannot be
     /// deleted.
-    ToObjectUri(ExportToUri),
+    #[command(name = "to-object-uri")]
+    ObjectUri(ExportToUri),
     /// Copy it to a file on this host.
     ///
     /// imagectl writes it with the rights of who runs it. The file has its
     /// name only when it is whole and checked.
-    ToFile(ExportToFile),
+    #[command(name = "to-file")]
+    File(ExportToFile),
 }
 
 #[derive(Debug, Args)]
@@ -241,6 +276,10 @@ pub(super) struct ExportOptions {
     /// Replace an object of that name.
     #[arg(long)]
     pub overwrite: bool,
+    /// Most bytes a second that are sent, such as 200MiB. The host's limit
+    /// holds, too.
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub max_upload_rate: Option<Rate>,
     /// Names this request: asking twice with the same token is asking once
     /// [default: a new one].
     #[arg(long, value_name = "TOKEN", value_parser = parse_token)]
@@ -333,9 +372,16 @@ pub(super) struct ImageCreate {
     /// it for a minute, and tell what an image would cost.
     #[arg(long, requires = "instance_id", conflicts_with_all = [
         "boot_volume", "compartment_id", "display_name", "freeform_tags", "launch_mode", "compression",
-        "on_read_error",
+        "on_read_error", "max_upload_rate", "max_read_rate",
     ])]
     pub rehearse: bool,
+    /// Most bytes a second that are sent to the store, such as 200MiB. The
+    /// host's limit holds, too.
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub max_upload_rate: Option<Rate>,
+    /// The same of what is read of the volume.
+    #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
+    pub max_read_rate: Option<Rate>,
     /// What to do when the volume cannot be read.
     #[arg(long, value_enum, value_name = "ACTION", default_value = "fail")]
     pub on_read_error: OnReadError,
@@ -450,6 +496,14 @@ pub(super) enum WorkRequestVerb {
         /// Longest time to wait [default: until the work ends].
         #[arg(long, value_name = "SECONDS")]
         max_wait_seconds: Option<u64>,
+    },
+    /// Change how fast a work request may go.
+    Update {
+        /// OCID of the work request.
+        #[arg(long, value_name = "OCID")]
+        work_request_id: String,
+        #[command(flatten)]
+        rates: NewRates,
     },
     /// Ask for the end of a work request; what it made is undone.
     Cancel {

@@ -8,6 +8,7 @@ pub mod ids;
 pub mod image;
 pub mod instance;
 pub mod live;
+pub mod size;
 pub mod time;
 pub mod trace;
 pub mod units;

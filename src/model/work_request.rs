@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    CompartmentId, Timestamp, WorkRequestId,
+    ByteSize, CompartmentId, Timestamp, WorkRequestId,
     live::{Rehearsal, Undo},
     upload::{Outgoing, Resume},
 };
@@ -54,6 +54,37 @@ pub struct WorkRequest {
     /// What it has begun to send and not yet taken back, also after its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub outgoing: Option<Outgoing>,
+    /// How fast it may go.
+    #[serde(default)]
+    pub rates: Rates,
+}
+
+/// Most bytes a second; `None`: no limit.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rates {
+    /// That are read of a volume.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read: Option<ByteSize>,
+    /// That are sent to a store.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upload: Option<ByteSize>,
+}
+
+/// A change of [`Rates`]: what it does not name stays.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct NewRates {
+    /// That are read of a volume.
+    pub read: Option<Option<ByteSize>>,
+    /// That are sent to a store.
+    pub upload: Option<Option<ByteSize>>,
+}
+
+impl Rates {
+    /// As they are after `new`.
+    #[must_use]
+    pub fn changed(self, new: NewRates) -> Self {
+        Self { read: new.read.unwrap_or(self.read), upload: new.upload.unwrap_or(self.upload) }
+    }
 }
 
 impl WorkRequest {
@@ -87,6 +118,7 @@ impl WorkRequest {
             rehearsal: None,
             resume: None,
             outgoing: None,
+            rates: Rates::default(),
         }
     }
 

@@ -11,12 +11,12 @@ use prost_types::Timestamp as PbTimestamp;
 use crate::{
     error::{Error, Reason, Result},
     model::{
-        ImageId, Timestamp, WorkRequestId,
+        ByteSize, ImageId, Timestamp, WorkRequestId,
         image::{Compression, Consistency, Image, ImageState, LaunchMode},
         instance::{Instance, PowerState},
         live::{Expected, Mode, PointInTime, Rehearsal},
         trace::{Channel, Dropped, Entry, Kind, Trace},
-        work_request::{Action, Operation, Status, WorkRequest},
+        work_request::{Action, NewRates, Operation, Rates, Status, WorkRequest},
     },
     pb,
     work::{
@@ -138,6 +138,24 @@ fn mode(value: i32) -> Result<Mode> {
     })
 }
 
+/// Bytes a second; `None`: no limit.
+fn rate(field: &'static str, value: u64) -> Result<Option<ByteSize>> {
+    match value {
+        0 => Ok(None),
+        ByteSize::MIB.. => Ok(Some(ByteSize(value))),
+        _ => Err(invalid(field, "less than 1 MiB a second would never come to an end")
+            .advice("give at least 1MiB, or unlimited")),
+    }
+}
+
+/// A change of limits.
+pub(super) fn new_rates(upload: Option<u64>, read: Option<u64>) -> Result<NewRates> {
+    Ok(NewRates {
+        upload: upload.map(|value| rate("max_upload_rate", value)).transpose()?,
+        read: read.map(|value| rate("max_read_rate", value)).transpose()?,
+    })
+}
+
 /// What a request wants that `requested_by` sent.
 pub(super) fn create_image(
     request: pb::CreateImageRequest,
@@ -170,6 +188,10 @@ pub(super) fn create_image(
         launch_mode: launch_mode(request.launch_mode)?,
         compression: compression(request.compression)?,
         mode: mode(request.snapshot_mode)?,
+        rates: Rates {
+            upload: rate("max_upload_rate", request.max_upload_rate)?,
+            read: rate("max_read_rate", request.max_read_rate)?,
+        },
         retry_token: retry_token(request.retry_token)?,
         requested_by,
     })
@@ -242,6 +264,7 @@ pub(super) fn export_image(
             true => Over::Anything,
             false => Over::Nothing,
         },
+        rates: Rates { upload: rate("max_upload_rate", request.max_upload_rate)?, read: None },
         retry_token: retry_token(request.retry_token)?,
         requested_by,
     })
@@ -450,6 +473,8 @@ impl From<WorkRequest> for pb::WorkRequest {
         Self {
             percent_complete: percent(&request),
             rehearsal: request.rehearsal.map(Into::into),
+            max_upload_rate: request.rates.upload.map(ByteSize::get),
+            max_read_rate: request.rates.read.map(ByteSize::get),
             id: request.id.into(),
             operation_type: match request.operation {
                 Operation::CreateImage => OperationType::CreateImage,

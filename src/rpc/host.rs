@@ -5,9 +5,11 @@ use std::{fmt, sync::Arc};
 use futures_util::future::BoxFuture;
 use tonic::{Request, Response, Status};
 
+use super::{convert, status};
 use crate::{
     error::Result,
     model::{
+        ByteSize,
         host::{Feature, Space},
         work_request,
     },
@@ -65,13 +67,30 @@ impl HostService for Host {
         &self,
         _request: Request<pb::GetHostRequest>,
     ) -> Result<Response<pb::Host>, Status> {
+        Ok(Response::new(self.get().await))
+    }
+
+    async fn update_host(
+        &self,
+        request: Request<pb::UpdateHostRequest>,
+    ) -> Result<Response<pb::Host>, Status> {
+        let pb::UpdateHostRequest { max_upload_rate, max_read_rate } = request.into_inner();
+        let new = convert::new_rates(max_upload_rate, max_read_rate).map_err(status::from)?;
+        self.work.set_host_rates(new);
+        Ok(Response::new(self.get().await))
+    }
+}
+
+impl Host {
+    async fn get(&self) -> pb::Host {
         let facts = &self.facts;
         let requests = self.work.work_requests();
         let active = requests.iter().filter(|request| {
             use work_request::Status::{Canceling, InProgress};
             matches!(request.status, InProgress | Canceling)
         });
-        Ok(Response::new(pb::Host {
+        let rates = self.work.rates();
+        pb::Host {
             hostname: facts.hostname.clone(),
             imaged_version: env!("CARGO_PKG_VERSION").into(),
             kernel_release: facts.kernel_release.clone(),
@@ -80,7 +99,9 @@ impl HostService for Host {
             stores: stores(facts).await,
             encode_threads: u32::try_from(facts.encode_threads).unwrap_or(u32::MAX),
             work_requests_in_progress: u32::try_from(active.count()).unwrap_or(u32::MAX),
-        }))
+            max_upload_rate: rates.upload.map(ByteSize::get),
+            max_read_rate: rates.read.map(ByteSize::get),
+        }
     }
 }
 

@@ -12,7 +12,7 @@ use tonic::{Request, Response, Status};
 use super::{
     convert,
     page::{self, Key, Order, Wanted},
-    status,
+    status, to_the_end,
 };
 use crate::{
     error::Result,
@@ -78,6 +78,19 @@ impl WorkRequestService for Requests {
         let id = &request.get_ref().work_request_id;
         let id = convert::work_request_id(id).map_err(status::from)?;
         let request = self.work.cancel(&id).map_err(status::from)?;
+        Ok(Response::new(request.into()))
+    }
+
+    async fn update_work_request(
+        &self,
+        request: Request<pb::UpdateWorkRequestRequest>,
+    ) -> Result<Response<pb::WorkRequest>, Status> {
+        let wanted = request.get_ref();
+        let id = convert::work_request_id(&wanted.work_request_id).map_err(status::from)?;
+        let new = convert::new_rates(wanted.max_upload_rate, wanted.max_read_rate)
+            .map_err(status::from)?;
+        let work = self.work.clone();
+        let request = to_the_end(async move { work.set_rates(&id, new).await }).await?;
         Ok(Response::new(request.into()))
     }
 }
@@ -168,6 +181,7 @@ mod tests {
             rehearsal: None,
             resume: None,
             outgoing: None,
+            rates: Default::default(),
         }
     }
 

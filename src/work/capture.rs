@@ -34,6 +34,7 @@ use super::{
     driver::check,
     live::Live,
     preflight::Found,
+    rates,
     resume::Interrupted,
     tracker::{Keeper, Tracker},
     watchdog::Watchdog,
@@ -94,6 +95,7 @@ impl Capture {
         watchdog: &Watchdog,
         stop: &CancellationToken,
         place: Arc<OwnedSemaphorePermit>,
+        rates: &rates::All,
     ) -> Result<()> {
         let store = Arc::clone(work.0.catalogue.store(&self.image.origin.store)?);
         let interrupted = self.interrupted.take();
@@ -118,7 +120,7 @@ impl Capture {
                 (upload, None)
             }
         };
-        let line = Line { upload: &*upload, watchdog, stop, place };
+        let line = Line { upload: &*upload, watchdog, stop, place, rates };
         let done = async {
             let begun = match (found, interrupted) {
                 (Some(found), _) => self.begin(work, found, &*upload, tracker).await?,
@@ -309,6 +311,7 @@ struct Line<'a> {
     watchdog: &'a Watchdog,
     stop: &'a CancellationToken,
     place: Arc<OwnedSemaphorePermit>,
+    rates: &'a rates::All,
 }
 
 /// Reads, encodes and stores until everything is stored or something fails.
@@ -331,8 +334,14 @@ async fn pump(
     let known = from.as_ref().map_or(0, Resumed::next_extent) * EXTENT_SIZE;
     meter.add_read(known.min(total));
     let mut stored = from.as_ref().map_or(0, Resumed::stored);
-    let (reading, encoding, outputs) =
-        start(volume, from, settings, Arc::clone(&meter), &stop, &line.place)?;
+    let (reading, encoding, outputs) = start(
+        line.rates.throttled(volume),
+        from,
+        settings,
+        Arc::clone(&meter),
+        &stop,
+        &line.place,
+    )?;
 
     let keeper = tracker.keeper();
     let mut show = |stored| {
@@ -340,7 +349,8 @@ async fn pump(
             Progress { total, read: meter.read(), skipped: meter.skipped(), stored, per_second: 0 };
         tracker.progress(progress);
     };
-    let putter = Putter { upload: line.upload, keeper: &keeper, putting, stop: &stop };
+    let (upload, rates) = (line.upload, line.rates);
+    let putter = Putter { upload, rates, keeper: &keeper, putting, stop: &stop };
     let put = putter.put_all(outputs, |bytes| {
         stored += bytes;
         show(stored);
@@ -429,6 +439,7 @@ async fn joined<T>(running: Running<T>) -> Result<T> {
 /// Stores what comes of encoding.
 struct Putter<'a> {
     upload: &'a dyn Upload,
+    rates: &'a rates::All,
     keeper: &'a Keeper,
     /// How many parts the store has and has not answered for.
     putting: &'a AtomicUsize,
@@ -472,7 +483,7 @@ impl Putter<'_> {
                 Ok(0)
             }
             Output::Part(part, after) => {
-                let part = Arc::new(part);
+                let part = Arc::new(self.rates.paced(Arc::new(part)));
                 let receipt = self.upload.put(Arc::clone(&part)).await?;
                 if let Some(after) = after {
                     self.keeper.keep(&part, Some(receipt), &after).await?;

@@ -10,6 +10,7 @@ use super::{
     Inner, Work,
     capture::Capture,
     export::Export,
+    rates,
     registry::{Job, Reservation},
     rehearse::Rehearse,
     restore::Restore,
@@ -52,7 +53,7 @@ pub(super) fn spawn_job(work: &Work, job: Job, task: Task) {
 }
 
 async fn drive(work: Work, job: Job, task: Task) {
-    let Job { id, state, stop } = job;
+    let Job { id, state, stop, limits } = job;
     let inner = &work.0;
     let ports = &inner.ports;
     let mut tracker = Tracker::new(state.clone(), ports.journal.clone(), ports.clock.clone());
@@ -67,19 +68,20 @@ async fn drive(work: Work, job: Job, task: Task) {
         tracker.resumed(interrupted.resume.time_line.clone(), earlier);
     }
 
+    let rates = rates::All::new([limits, inner.limits.clone()], stop.clone());
     let watchdog = Watchdog::new(state.subscribe(), stop.clone(), inner.settings.progress_timeout);
     let steps = async {
         let place = place(inner, &stop).await?;
         tracker.start().await?;
         match task {
             Task::Capture(capture) => {
-                capture.run(&work, &mut tracker, &watchdog, &stop, place).await
+                capture.run(&work, &mut tracker, &watchdog, &stop, place, &rates).await
             }
             Task::Verify(found) => {
                 verify::run(&work, &found, &mut tracker, &watchdog, &stop, place).await
             }
             Task::Rehearse(rehearse) => rehearse.run(&work, &mut tracker, &stop).await,
-            Task::Export(export) => export.run(&mut tracker, &watchdog, &stop, place).await,
+            Task::Export(export) => export.run(&mut tracker, &watchdog, &stop, place, &rates).await,
             Task::Restore(restore) => {
                 restore.run(&work, &mut tracker, &watchdog, &stop, place).await
             }

@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{driver::check, object::Object, tracker::Tracker, watchdog::Watchdog};
+use super::{driver::check, object::Object, rates, tracker::Tracker, watchdog::Watchdog};
 use crate::{
     catalogue::Found,
     error::{Error, Reason, Result},
@@ -53,6 +53,7 @@ impl Export {
         watchdog: &Watchdog,
         stop: &CancellationToken,
         place: Arc<OwnedSemaphorePermit>,
+        rates: &rates::All,
     ) -> Result<()> {
         let stored = self.stored()?;
         let who = || format!("the store {:?} or {}", self.found.store.name(), self.location());
@@ -71,7 +72,7 @@ impl Export {
         let (object, delivery) = watchdog.guard(who, begun).await?;
         let sent = async {
             tracker.sends(Some(self.outgoing(&*delivery))).await?;
-            watchdog.guard(who, self.send(&object, &*delivery, &stored, tracker, stop)).await
+            watchdog.guard(who, self.send(&object, &*delivery, rates, tracker, stop)).await
         };
         match sent.await {
             Ok(etag) => {
@@ -113,16 +114,16 @@ impl Export {
         &self,
         object: &Object,
         delivery: &dyn Delivery,
-        stored: &Stored,
+        rates: &rates::All,
         tracker: &mut Tracker,
         stop: &CancellationToken,
     ) -> Result<Option<String>> {
         tracker.phase(Phase::Export).await?;
-        let total = stored.object_size.get();
+        let total = object.size().get();
         let sending = stream::iter(object.parts())
             .map(|part| async {
                 let size = part.size;
-                delivery.put(Arc::new(part)).await?;
+                delivery.put(Arc::new(rates.paced(Arc::new(part)))).await?;
                 object.add_stored(size);
                 Ok(())
             })

@@ -20,6 +20,7 @@ mod live;
 mod object;
 mod order;
 mod preflight;
+mod rates;
 mod reading;
 mod recover;
 mod registry;
@@ -57,7 +58,9 @@ use crate::{
         instance::{Instance, OperatingSystem, PowerState},
         live::Mode,
         trace::Trace,
-        work_request::{Action, EntityType, Operation, Resource, Retry, WorkRequest},
+        work_request::{
+            Action, EntityType, NewRates, Operation, Rates, Resource, Retry, WorkRequest,
+        },
     },
     port::{Clock, Hypervisor, Inspector, Journal, ObjectStore, Outlets, Volumes},
 };
@@ -104,6 +107,8 @@ pub struct Settings {
     pub scratch_size: ByteSize,
     /// What the guest of a volume that is read has to bear.
     pub burden: Burden,
+    /// How fast all work together may go, until that is changed.
+    pub rates: Rates,
     /// Work that gets no further for so long is ended.
     pub progress_timeout: Duration,
     /// This host's, e.g. `x86_64`.
@@ -131,6 +136,8 @@ struct Inner {
     registry: Registry,
     /// Places for work that runs.
     places: Arc<Semaphore>,
+    /// How fast all work together may go.
+    limits: rates::Limits,
     /// Images that are read by clients.
     readers: reading::Readers,
     /// Memory that captures share.
@@ -164,6 +171,7 @@ impl Work {
             catalogue,
             registry,
             places: Arc::new(Semaphore::new(settings.max_captures.get())),
+            limits: rates::Limits::new(settings.rates),
             readers: reading::Readers::default(),
             spare: SpareMemory::default(),
             tasks: TaskTracker::new(),
@@ -246,6 +254,7 @@ impl Work {
             wanted.requested_by,
             retry,
         );
+        let request = WorkRequest { rates: wanted.rates, ..request };
         // The volume is opened by the path that was asked for: by the time its
         // turn comes, /dev/dm-3 may be another's.
         let lock = admission::Lock::Source(resolve(image.origin.source_volume.clone()).await);
@@ -394,6 +403,7 @@ impl Work {
             wanted.requested_by,
             retry,
         );
+        let request = WorkRequest { rates: wanted.rates, ..request };
         let lock = admission::Lock::Image(wanted.image_id.clone());
         match self.0.reserve(request, lock)? {
             registry::Admitted::Known(known) => Ok(known),
@@ -579,6 +589,34 @@ impl Work {
     /// `WORK_REQUEST_NOT_FOUND`.
     pub fn cancel(&self, id: &WorkRequestId) -> Result<WorkRequest> {
         self.0.registry.cancel(id)
+    }
+
+    /// Changes how fast a work request may go. One that has ended stays as it
+    /// is.
+    ///
+    /// # Errors
+    ///
+    /// `WORK_REQUEST_NOT_FOUND`, `JOURNAL_FAILED`.
+    pub async fn set_rates(&self, id: &WorkRequestId, new: NewRates) -> Result<WorkRequest> {
+        drop(self.watch(id)?);
+        let request = self.0.registry.set_rates(id, new)?;
+        tracing::info!(work_request = %id, rates = ?request.rates, "its limits were changed");
+        if !request.status.is_final() {
+            self.0.ports.journal.put(&request).await?;
+        }
+        Ok(request)
+    }
+
+    /// How fast all work together may go.
+    #[must_use]
+    pub fn rates(&self) -> Rates {
+        self.0.limits.get()
+    }
+
+    /// Changes that, until the daemon ends.
+    pub fn set_host_rates(&self, new: NewRates) {
+        self.0.limits.set(new);
+        tracing::info!(rates = ?self.rates(), "the limits of all work were changed");
     }
 
     /// Takes no more orders, ends what runs and waits for its undoing, a

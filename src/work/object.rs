@@ -97,6 +97,11 @@ impl Object {
         })
     }
 
+    /// Its length.
+    pub(super) fn size(&self) -> ByteSize {
+        ByteSize(self.0.reader.len())
+    }
+
     /// So many more bytes are where they go.
     pub(super) fn add_stored(&self, size: ByteSize) {
         self.0.stored.fetch_add(size.get(), Ordering::Relaxed);

@@ -11,7 +11,7 @@ use crate::{
         CompartmentId, ImageId,
         image::{Compression, LaunchMode},
         live::Mode,
-        work_request::Retry,
+        work_request::{Rates, Retry},
     },
     port::{Over, Secret},
 };
@@ -33,6 +33,8 @@ pub struct CreateImage {
     pub compression: Compression,
     /// How the point in time of a running instance is taken.
     pub mode: Mode,
+    /// How fast it may go. Another rate makes no other order.
+    pub rates: Rates,
     /// Makes asking twice asking once.
     pub retry_token: Option<String>,
     /// Who asks.
@@ -81,6 +83,8 @@ pub struct ExportImage {
     pub destination: Destination,
     /// What it may replace there.
     pub over: Over,
+    /// How fast it may go. Another rate makes no other order.
+    pub rates: Rates,
     /// Makes asking twice asking once.
     pub retry_token: Option<String>,
     /// Who asks.
@@ -166,6 +170,7 @@ pub(super) fn fingerprint(wanted: &CreateImage) -> String {
         launch_mode,
         compression,
         mode,
+        rates: _,
         retry_token: _,
         requested_by: _,
     } = wanted;

@@ -10,11 +10,12 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::admission::{self, Admission, Denial, Known, Lock, Standing, Wanted};
+use super::rates::Limits;
 use crate::{
     error::{Error, Reason, Result},
     model::{
         ImageId, Timestamp, WorkRequestId,
-        work_request::{Operation, Retry, Status, WorkRequest},
+        work_request::{NewRates, Operation, Rates, Retry, Status, WorkRequest},
     },
 };
 
@@ -36,6 +37,7 @@ struct Entry {
     lock: Option<Lock>,
     stop: CancellationToken,
     standing: Standing,
+    limits: Limits,
 }
 
 /// A request that keeps others away while it is looked at. Dropped without
@@ -72,6 +74,7 @@ pub(super) struct Job {
     pub id: WorkRequestId,
     pub state: watch::Sender<WorkRequest>,
     pub stop: CancellationToken,
+    pub limits: Limits,
 }
 
 /// What became of a request.
@@ -90,7 +93,8 @@ impl Registry {
         let entry = |request: WorkRequest| {
             let id = request.id.clone();
             let (state, stop) = (watch::Sender::new(request), CancellationToken::new());
-            (id, Entry { state, lock: None, stop, standing: Standing::Accepted })
+            let limits = Limits::new(Rates::default());
+            (id, Entry { state, lock: None, stop, standing: Standing::Accepted, limits })
         };
         Self(Arc::new(Mutex::new(requests.into_iter().map(entry).collect())))
     }
@@ -125,20 +129,15 @@ impl Registry {
             (Admission::Deny(denial), _) => return Err(denial.into()),
             (Admission::Accept | Admission::Known(_), _) => {}
         }
-        let state = watch::Sender::new(request.clone());
-        let job = Job { id: request.id.clone(), state: state.clone(), stop: stop.clone() };
-        let entry = Entry { state, lock: Some(lock), stop, standing: Standing::Reserved };
+        let (job, entry) = begun(request.clone(), lock, stop, Standing::Reserved);
         entries.insert(request.id.clone(), entry);
         Ok(Admitted::New(request, Reservation { registry: self.clone(), job: Some(job) }))
     }
 
     /// Takes a request of an earlier process in again, which holds `lock`.
     pub(super) fn readmit(&self, request: WorkRequest, lock: Lock, stop: CancellationToken) -> Job {
-        let id = request.id.clone();
-        let state = watch::Sender::new(request);
-        let job = Job { id: id.clone(), state: state.clone(), stop: stop.clone() };
-        let entry = Entry { state, lock: Some(lock), stop, standing: Standing::Accepted };
-        self.entries().insert(id, entry);
+        let (job, entry) = begun(request, lock, stop, Standing::Accepted);
+        self.entries().insert(job.id.clone(), entry);
         job
     }
 
@@ -245,9 +244,34 @@ impl Registry {
         Ok(entry.state.borrow().clone())
     }
 
+    /// Changes how fast `id` may go; one that has ended stays as it is.
+    pub(super) fn set_rates(&self, id: &WorkRequestId, new: NewRates) -> Result<WorkRequest> {
+        let entries = self.entries();
+        let entry = entries.get(id).ok_or_else(|| not_found(id))?;
+        if entry.state.borrow().status.is_final() {
+            return Ok(entry.state.borrow().clone());
+        }
+        entry.limits.set(new);
+        entry.state.send_modify(|request| request.rates = entry.limits.get());
+        Ok(entry.state.borrow().clone())
+    }
+
     fn entries(&self) -> MutexGuard<'_, BTreeMap<WorkRequestId, Entry>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A request that begins, and what its task needs.
+fn begun(
+    request: WorkRequest,
+    lock: Lock,
+    stop: CancellationToken,
+    standing: Standing,
+) -> (Job, Entry) {
+    let (id, limits) = (request.id.clone(), Limits::new(request.rates));
+    let state = watch::Sender::new(request);
+    let job = Job { id, state: state.clone(), stop: stop.clone(), limits: limits.clone() };
+    (job, Entry { state, lock: Some(lock), stop, standing, limits })
 }
 
 /// Asks `decide` about all entries; with the request that it found.

@@ -19,6 +19,7 @@ mod weed;
 mod export;
 mod image;
 mod lifecycle;
+mod limits;
 mod live;
 mod live_bits;
 mod live_faults;

@@ -164,6 +164,8 @@ pub(in crate::ctl) fn work_request(work: &pb::WorkRequest) -> Value {
                 ])
             }),
         ),
+        ("max-read-rate", work.max_read_rate.into()),
+        ("max-upload-rate", work.max_upload_rate.into()),
         ("operation-type", words::operation_type(work).into()),
         ("percent-complete", percent(work.percent_complete)),
         ("phase", text(&work.phase)),
@@ -216,6 +218,8 @@ pub(in crate::ctl) fn host(host: &pb::Host) -> Value {
         ("hostname", text(&host.hostname)),
         ("imaged-version", text(&host.imaged_version)),
         ("kernel-release", text(&host.kernel_release)),
+        ("max-read-rate", host.max_read_rate.into()),
+        ("max-upload-rate", host.max_upload_rate.into()),
         ("stores", stores(&host.stores)),
         ("work-requests-in-progress", host.work_requests_in_progress.into()),
     ])
@@ -389,6 +393,8 @@ mod tests {
                 "timestamp": "2026-11-21T08:45:16.200Z"
               }
             ],
+            "max-read-rate": null,
+            "max-upload-rate": null,
             "operation-type": "CREATE_IMAGE",
             "percent-complete": 45.3,
             "phase": "read",
@@ -472,6 +478,8 @@ mod tests {
             "hostname": "hv-17",
             "imaged-version": "0.1.0",
             "kernel-release": "6.1.0-31-amd64",
+            "max-read-rate": null,
+            "max-upload-rate": 209715200,
             "stores": [
               {
                 "free-bytes": 128849018880,

@@ -297,6 +297,8 @@ pub(in crate::ctl) fn work_request(work: &pb::WorkRequest, now: Timestamp) -> St
             ),
         );
     }
+    card.known("max-upload-rate", work.max_upload_rate.map(rate));
+    card.known("max-read-rate", work.max_read_rate.map(rate));
     card.block(
         "resources",
         work.resources.iter().map(|resource| {
@@ -366,6 +368,8 @@ pub(in crate::ctl) fn host(host: &pb::Host) -> String {
     card.line("architecture", &host.architecture);
     card.line("encode-threads", host.encode_threads);
     card.line("work-requests-in-progress", host.work_requests_in_progress);
+    card.known("max-upload-rate", host.max_upload_rate.map(rate));
+    card.known("max-read-rate", host.max_read_rate.map(rate));
     let mut parts = vec![card.text()];
     if !host.features.is_empty() {
         let columns = vec![
@@ -381,6 +385,11 @@ pub(in crate::ctl) fn host(host: &pb::Host) -> String {
         parts.push(stores(&host.stores, None));
     }
     parts.join("\n\n")
+}
+
+/// Bytes a second.
+fn rate(bytes: u64) -> String {
+    format!("{}/s", ByteSize(bytes))
 }
 
 /// The stores.
@@ -708,6 +717,7 @@ mod tests {
         architecture               x86_64
         encode-threads             4
         work-requests-in-progress  1
+        max-upload-rate            200 MiB/s
 
         FEATURE   AVAILABLE  DETAILS
         io_uring  yes        SINGLE_ISSUER, DEFER_TASKRUN

@@ -611,6 +611,7 @@ fn man_pages_and_completions_come_from_the_same_definitions() {
     insta::assert_snapshot!(names.join("\n"), @"
     imagectl-completions.1
     imagectl-host-get.1
+    imagectl-host-update.1
     imagectl-host.1
     imagectl-image-create.1
     imagectl-image-delete.1
@@ -635,6 +636,7 @@ fn man_pages_and_completions_come_from_the_same_definitions() {
     imagectl-work-request-cancel.1
     imagectl-work-request-get.1
     imagectl-work-request-list.1
+    imagectl-work-request-update.1
     imagectl-work-request-watch.1
     imagectl-work-request.1
     imagectl.1

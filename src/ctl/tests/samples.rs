@@ -214,5 +214,7 @@ pub fn host() -> pb::Host {
         ],
         encode_threads: 4,
         work_requests_in_progress: 1,
+        max_upload_rate: Some(200 << 20),
+        max_read_rate: None,
     }
 }

@@ -268,6 +268,13 @@ impl WorkRequestService for Service {
         Ok(Response::new(Box::pin(tokio_stream::wrappers::ReceiverStream::new(receiver))))
     }
 
+    async fn update_work_request(
+        &self,
+        _: Request<pb::UpdateWorkRequestRequest>,
+    ) -> Answer<pb::WorkRequest> {
+        Ok(Response::new(samples::reading()))
+    }
+
     async fn cancel_work_request(
         &self,
         _: Request<pb::CancelWorkRequestRequest>,
@@ -279,6 +286,10 @@ impl WorkRequestService for Service {
 
 #[tonic::async_trait]
 impl HostService for Service {
+    async fn update_host(&self, _: Request<pb::UpdateHostRequest>) -> Answer<pb::Host> {
+        self.get_host(Request::new(pb::GetHostRequest {})).await
+    }
+
     async fn get_host(&self, _: Request<pb::GetHostRequest>) -> Answer<pb::Host> {
         Ok(Response::new(samples::host()))
     }

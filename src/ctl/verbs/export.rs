@@ -91,6 +91,7 @@ async fn export(
         image_id,
         destination: Some(destination),
         overwrite: options.overwrite,
+        max_upload_rate: options.max_upload_rate.unwrap_or_default(),
         retry_token: token(options.retry_token)?,
     };
     let token = request.retry_token.clone();

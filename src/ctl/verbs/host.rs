@@ -3,7 +3,7 @@
 use super::Session;
 use crate::{
     ctl::{
-        args::HostVerb,
+        args::{HostVerb, NewRates},
         failure::Failure,
         render::{json, table},
     },
@@ -11,8 +11,13 @@ use crate::{
 };
 
 pub(super) async fn run(mut session: Session<'_, '_>, verb: HostVerb) -> Result<(), Failure> {
-    let HostVerb::Get = verb;
     let client = session.client.clone();
-    let host = client.call(client.host().get_host(pb::GetHostRequest {})).await?;
+    let host = match verb {
+        HostVerb::Get => client.call(client.host().get_host(pb::GetHostRequest {})).await?,
+        HostVerb::Update(NewRates { max_upload_rate, max_read_rate }) => {
+            let request = pb::UpdateHostRequest { max_upload_rate, max_read_rate };
+            client.call(client.host().update_host(request)).await?
+        }
+    };
     session.print(|| json::document(json::host(&host), []), |_, _| table::host(&host))
 }

@@ -31,9 +31,9 @@ pub(super) async fn run(mut session: Session<'_, '_>, verb: ImageVerb) -> Result
         // Its question was asked before.
         ImageVerb::Delete { image_id, force: _ } => delete(session, image_id).await,
         ImageVerb::Verify(args) => verify(session, args).await,
-        ImageVerb::Export(ImageExport::ToObject(args)) => export::to_object(session, args).await,
-        ImageVerb::Export(ImageExport::ToObjectUri(args)) => export::to_uri(session, args).await,
-        ImageVerb::Export(ImageExport::ToFile(args)) => export::to_file(session, args).await,
+        ImageVerb::Export(ImageExport::Object(args)) => export::to_object(session, args).await,
+        ImageVerb::Export(ImageExport::ObjectUri(args)) => export::to_uri(session, args).await,
+        ImageVerb::Export(ImageExport::File(args)) => export::to_file(session, args).await,
     }
 }
 
@@ -147,6 +147,8 @@ fn create_request(args: ImageCreate) -> Result<pb::CreateImageRequest, Failure> 
             .compression
             .map_or_else(Default::default, |method| pb::Compression::from(method).into()),
         snapshot_mode: snapshot_mode(args.consistency),
+        max_upload_rate: args.max_upload_rate.unwrap_or_default(),
+        max_read_rate: args.max_read_rate.unwrap_or_default(),
         retry_token: token(args.retry_token)?,
         source,
     })

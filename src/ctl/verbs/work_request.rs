@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::{Page, Session, pages};
 use crate::{
     ctl::{
-        args::{Output, Paging, Until, WorkRequestVerb},
+        args::{NewRates, Output, Paging, Until, WorkRequestVerb},
         failure::Failure,
         progress::Progress,
         render::{json, table},
@@ -51,6 +51,16 @@ pub(super) async fn run(
             let work = wait.run(&mut Progress::on(session.console)).await?;
             print(&mut session, &work)?;
             Failure::of_work(&work).map_or(Ok(()), Err)
+        }
+        WorkRequestVerb::Update { work_request_id, rates } => {
+            let NewRates { max_upload_rate, max_read_rate } = rates;
+            let request =
+                pb::UpdateWorkRequestRequest { work_request_id, max_upload_rate, max_read_rate };
+            let work = client.call(client.work_requests().update_work_request(request)).await?;
+            if work.time_finished.is_some() {
+                session.console.tell("it had ended before: nothing was changed");
+            }
+            print(&mut session, &work)
         }
         WorkRequestVerb::Cancel { work_request_id } => {
             let request = pb::CancelWorkRequestRequest { work_request_id };

@@ -84,6 +84,7 @@ fn work_request(status: Status, read: u64) -> WorkRequest {
         rehearsal: None,
         resume: None,
         outgoing: None,
+        rates: Default::default(),
     }
 }
 

@@ -197,6 +197,7 @@ impl Open {
         }
         let mut offset = part.offset;
         for piece in part.pieces() {
+            part.body.admit(piece.len());
             self.object.write(piece, offset).during(context)?;
             offset += piece.len() as u64;
         }

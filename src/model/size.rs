@@ -1,20 +1,27 @@
 //! Sizes as an operator writes them: `400GiB`, `400GB`, `512 MiB`.
 
-use crate::model::ByteSize;
+use super::ByteSize;
 
 /// The text is no size.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub(super) enum SizeError {
+pub enum SizeError {
+    /// Number and unit are not told apart.
     #[error("a size is a whole number and a unit, such as \"400GiB\" or \"400GB\"")]
     Form,
+    /// Of another unit.
     #[error("{0:?} is not one of the units B, KB, MB, GB, TB, PB, KiB, MiB, GiB, TiB, PiB")]
     Unit(String),
+    /// More than any.
     #[error("it is more than 2^64 bytes")]
     TooLarge,
 }
 
 /// Units are required: `400` could mean anything.
-pub(super) fn parse(text: &str) -> Result<ByteSize, SizeError> {
+///
+/// # Errors
+///
+/// What is wrong with `text`.
+pub fn parse(text: &str) -> Result<ByteSize, SizeError> {
     let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or(SizeError::Form)?;
     let (number, unit) = text.split_at(digits);
     if number.is_empty() {
