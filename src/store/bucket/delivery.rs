@@ -84,8 +84,10 @@ async fn uploads(store: &Store, key: &str) -> Option<BTreeSet<String>> {
 }
 
 /// Aborts the uploads of `key` that came with `begun` and are not it: their
-/// beginnings were done and the answers lost. That somebody else began one of
-/// the same name in the same moment would have spoilt the object anyway.
+/// beginnings were done and the answers lost. Services list uploads without
+/// their marks, so one that somebody else began for the same name while the
+/// store did not answer goes, too: one of the two objects would have been lost
+/// anyway.
 async fn abort_strays(
     store: &Store,
     key: &str,
@@ -118,10 +120,17 @@ impl Outlet for BucketOutlet {
         Box::pin(async {
             let (store, key) = (Arc::clone(&self.store), self.key.clone());
             let before = uploads(&store, &key).await;
-            let begun = store.brief.begin(&key, &store.owner.host_id).await;
-            if let Some(before) = before {
-                abort_strays(&store, &key, &before, begun.as_ref().ok()).await;
-            }
+            let mark = &store.owner.host_id;
+            let begun = match store.brief.once().begin(&key, mark).await {
+                Err(lost) if lost.reason() == Reason::StoreUnavailable => {
+                    let begun = store.brief.begin(&key, mark).await;
+                    if let Some(before) = before {
+                        abort_strays(&store, &key, &before, begun.as_ref().ok()).await;
+                    }
+                    begun
+                }
+                begun => begun,
+            };
             let upload = begun?;
             let parts = Mutex::default();
             let delivery = BucketDelivery { store, key, over: self.over, upload, parts };

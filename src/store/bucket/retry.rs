@@ -43,6 +43,12 @@ impl Retry {
         Self { bucket, patience }
     }
 
+    /// Asks once.
+    #[must_use]
+    pub fn once(&self) -> Self {
+        Self { bucket: Arc::clone(&self.bucket), patience: Duration::ZERO }
+    }
+
     async fn again<'a, T>(&'a self, call: impl Fn() -> BoxFuture<'a, Result<T>>) -> Result<T> {
         again(self.patience, call).await
     }
