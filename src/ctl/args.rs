@@ -172,17 +172,8 @@ pub(super) struct VolumeRestore {
     /// Do not ask. Required where no terminal can be asked and PATH exists.
     #[arg(long)]
     pub force: bool,
-    /// Names this request: asking twice with the same token is asking once
-    /// [default: a new one].
-    #[arg(long, value_name = "TOKEN", value_parser = parse_token)]
-    pub retry_token: Option<String>,
-    /// Wait until the work request is in this state; ACCEPTED does not wait.
-    #[arg(long, value_enum, ignore_case = true, value_name = "STATE")]
-    #[arg(default_value = "SUCCEEDED")]
-    pub wait_for_state: Vec<WaitFor>,
-    /// Longest time to wait [default: until the work ends].
-    #[arg(long, value_name = "SECONDS")]
-    pub max_wait_seconds: Option<u64>,
+    #[command(flatten)]
+    pub asking: Asking,
 }
 
 #[derive(Debug, Subcommand)]
@@ -280,17 +271,8 @@ pub(super) struct ExportOptions {
     /// holds, too.
     #[arg(long, value_name = "SIZE", value_parser = parse_rate)]
     pub max_upload_rate: Option<Rate>,
-    /// Names this request: asking twice with the same token is asking once
-    /// [default: a new one].
-    #[arg(long, value_name = "TOKEN", value_parser = parse_token)]
-    pub retry_token: Option<String>,
-    /// Wait until the work request is in this state; ACCEPTED does not wait.
-    #[arg(long, value_enum, ignore_case = true, value_name = "STATE")]
-    #[arg(default_value = "SUCCEEDED")]
-    pub wait_for_state: Vec<WaitFor>,
-    /// Longest time to wait [default: until the work ends].
-    #[arg(long, value_name = "SECONDS")]
-    pub max_wait_seconds: Option<u64>,
+    #[command(flatten)]
+    pub asking: Asking,
 }
 
 #[derive(Debug, Args)]
@@ -405,11 +387,9 @@ pub(super) struct CreateWait {
     pub max_wait_seconds: u64,
 }
 
+/// How work is asked for that is waited for unless told otherwise.
 #[derive(Debug, Args)]
-pub(super) struct ImageVerify {
-    /// OCID of the image.
-    #[arg(long, value_name = "OCID")]
-    pub image_id: String,
+pub(super) struct Asking {
     /// Names this request: asking twice with the same token is asking once
     /// [default: a new one].
     #[arg(long, value_name = "TOKEN", value_parser = parse_token)]
@@ -421,6 +401,15 @@ pub(super) struct ImageVerify {
     /// Longest time to wait [default: until the work ends].
     #[arg(long, value_name = "SECONDS")]
     pub max_wait_seconds: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct ImageVerify {
+    /// OCID of the image.
+    #[arg(long, value_name = "OCID")]
+    pub image_id: String,
+    #[command(flatten)]
+    pub asking: Asking,
 }
 
 #[derive(Debug, Args)]

@@ -10,16 +10,12 @@ use sha2::{Digest, Sha256};
 use tonic::Code;
 
 use super::{
-    Session,
-    image::{ask_again, token, waited},
+    Session, long,
     new_file::{NewFile, Replaces},
-    work_request,
 };
 use crate::{
     ctl::{
-        args::{
-            ExportOptions, ExportToFile, ExportToObject, ExportToUri, Output, Until, Uri, WaitFor,
-        },
+        args::{ExportOptions, ExportToFile, ExportToObject, ExportToUri, Output, Uri},
         client::{CALL_LIMIT, Client},
         console::Console,
         exit::Exit,
@@ -81,34 +77,28 @@ fn secret(uri: Uri, console: &mut Console<'_>) -> Result<String, Failure> {
 }
 
 async fn export(
-    mut session: Session<'_, '_>,
+    session: Session<'_, '_>,
     image_id: String,
     destination: Destination,
     options: ExportOptions,
 ) -> Result<(), Failure> {
     let client = session.client.clone();
-    let request = pb::ExportImageRequest {
-        image_id,
-        destination: Some(destination),
-        overwrite: options.overwrite,
-        max_upload_rate: options.max_upload_rate.unwrap_or_default(),
-        retry_token: token(options.retry_token)?,
+    let ExportOptions { overwrite, max_upload_rate, asking } = options;
+    let call = async |retry_token| {
+        let request = pb::ExportImageRequest {
+            image_id: image_id.clone(),
+            destination: Some(destination.clone()),
+            overwrite,
+            max_upload_rate: max_upload_rate.unwrap_or_default(),
+            retry_token,
+        };
+        client.images().export_image(request).await
     };
-    let token = request.retry_token.clone();
-    let work = client
-        .call_twice(async || client.images().export_image(request.clone()).await)
-        .await
-        .map_err(|failure| ask_again(failure, &token))?;
-    let until = WaitFor::earliest(&options.wait_for_state).unwrap_or(Until::Ended);
-    let limit = options.max_wait_seconds.map(Duration::from_secs);
-    let ended = waited(&mut session, work, until, limit).await?;
-    let failure = Failure::of_work(&ended);
-    if session.output == Output::Json || until != Until::Ended {
-        work_request::print(&mut session, &ended)?;
-    } else if let (None, Some(told)) = (&failure, ended.logs.last()) {
-        session.console.print(&told.message)?;
-    }
-    failure.map_or(Ok(()), Err)
+    // The last thing that the daemon says is where the object is.
+    let told = |ended: &pb::WorkRequest| {
+        ended.logs.last().map(|told| told.message.clone()).unwrap_or_default()
+    };
+    long::ask(session, asking, call, told).await
 }
 
 pub(super) async fn to_file(session: Session<'_, '_>, args: ExportToFile) -> Result<(), Failure> {

@@ -1,8 +1,12 @@
 //! `imagectl image`.
 
-use std::{cell::RefCell, collections::BTreeMap, fmt::Write as _, path::Path, time::Duration};
+use std::{cell::RefCell, collections::BTreeMap, path::Path, time::Duration};
 
-use super::{Page, Session, export, pages, work_request};
+use super::{
+    Page, Session, export,
+    long::{self, ask_again, token, waited},
+    pages, work_request,
+};
 use crate::{
     ctl::{
         args::{
@@ -168,32 +172,6 @@ pub(super) fn absolute(option: &str, path: &Path) -> Result<String, Failure> {
     path.into_os_string().into_string().map_err(|_| wrong("not UTF-8, which the API needs"))
 }
 
-/// The token that was given, or a new one: 128 random bits.
-pub(super) fn token(given: Option<String>) -> Result<String, Failure> {
-    if let Some(token) = given {
-        return Ok(token);
-    }
-    let mut bits = [0; 16];
-    getrandom::fill(&mut bits)
-        .map_err(|error| Failure::new(Exit::Failed, "no retry token could be made").cause(error))?;
-    let mut token = String::from("imagectl-");
-    for byte in bits {
-        // Writing to a String cannot fail.
-        let _ = write!(token, "{byte:02x}");
-    }
-    Ok(token)
-}
-
-/// Whether imaged took the request is not known: the token finds out.
-pub(super) fn ask_again(failure: Failure, token: &str) -> Failure {
-    match failure.exit {
-        Exit::Unreachable => failure.help(format!(
-            "ask again with --retry-token {token}: what imaged took already is not done twice"
-        )),
-        _ => failure,
-    }
-}
-
 async fn list(mut session: Session<'_, '_>, args: ImageList) -> Result<(), Failure> {
     let client = session.client.clone();
     let wanted = pb::ListImagesRequest {
@@ -267,55 +245,14 @@ async fn rehearse(mut session: Session<'_, '_>, args: ImageCreate) -> Result<(),
     }
 }
 
-/// Waits for `work`, and returns it as it is then.
-pub(super) async fn waited(
-    session: &mut Session<'_, '_>,
-    work: pb::WorkRequest,
-    until: Until,
-    limit: Option<Duration>,
-) -> Result<pb::WorkRequest, Failure> {
-    if until == Until::Accepted {
-        return Ok(work);
-    }
-    session.console.tell(&format!("work request {}", work.id));
-    let client = session.client.clone();
-    let wait =
-        Wait { client: &client, work_request_id: &work.id, until, limit, first_pause: FIRST_PAUSE };
-    match wait.run(&mut Progress::on(session.console)).await {
-        Ok(ended) => Ok(ended),
-        // A script still learns what it asked for; a person has seen how far
-        // it got.
-        Err(failure) => {
-            if session.output == Output::Json {
-                work_request::print(session, &work)?;
-            }
-            Err(failure)
-        }
-    }
-}
-
-async fn verify(mut session: Session<'_, '_>, args: ImageVerify) -> Result<(), Failure> {
-    let client = session.client.clone();
-    let request = pb::VerifyImageRequest {
-        image_id: args.image_id.clone(),
-        retry_token: token(args.retry_token)?,
+async fn verify(session: Session<'_, '_>, args: ImageVerify) -> Result<(), Failure> {
+    let (client, image_id) = (session.client.clone(), args.image_id);
+    let call = async |retry_token| {
+        let request = pb::VerifyImageRequest { image_id: image_id.clone(), retry_token };
+        client.images().verify_image(request).await
     };
-    let token = request.retry_token.clone();
-    let work = client
-        .call_twice(async || client.images().verify_image(request.clone()).await)
-        .await
-        .map_err(|failure| ask_again(failure, &token))?;
-    let until = WaitFor::earliest(&args.wait_for_state).unwrap_or(Until::Ended);
-    let limit = args.max_wait_seconds.map(Duration::from_secs);
-    let ended = waited(&mut session, work, until, limit).await?;
-    let failure = Failure::of_work(&ended);
-    if session.output == Output::Json || until != Until::Ended {
-        work_request::print(&mut session, &ended)?;
-    } else if failure.is_none() {
-        session.console.print(&format!(
-            "{} is intact: its content and its object have the digests of its manifest",
-            args.image_id
-        ))?;
-    }
-    failure.map_or(Ok(()), Err)
+    let told = |_: &_| {
+        format!("{image_id} is intact: its content and its object have the digests of its manifest")
+    };
+    long::ask(session, args.asking, call, told).await
 }

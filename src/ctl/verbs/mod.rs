@@ -4,6 +4,7 @@ mod export;
 mod host;
 mod image;
 mod instance;
+mod long;
 mod new_file;
 mod store;
 mod volume;

@@ -1,15 +1,11 @@
 //! `imagectl volume`.
 
-use std::{fs, io::ErrorKind, time::Duration};
+use std::{fs, io::ErrorKind};
 
-use super::{
-    Session,
-    image::{absolute, ask_again, token, waited},
-    work_request,
-};
+use super::{Session, image::absolute, long};
 use crate::{
     ctl::{
-        args::{Output, Until, VolumeRestore, VolumeVerb, WaitFor},
+        args::{VolumeRestore, VolumeVerb},
         console::{Console, Stream},
         exit::Exit,
         failure::Failure,
@@ -43,27 +39,14 @@ pub(in crate::ctl) fn confirm(verb: &VolumeVerb, console: &mut Console<'_>) -> R
     }
 }
 
-async fn restore(mut session: Session<'_, '_>, args: VolumeRestore) -> Result<(), Failure> {
-    let client = session.client.clone();
-    let path = absolute("--to", &args.to)?;
-    let request = pb::RestoreVolumeRequest {
-        image_id: args.image_id.clone(),
-        to: path.clone(),
-        retry_token: token(args.retry_token)?,
+async fn restore(session: Session<'_, '_>, args: VolumeRestore) -> Result<(), Failure> {
+    let (client, image_id) = (session.client.clone(), args.image_id);
+    let to = absolute("--to", &args.to)?;
+    let call = async |retry_token| {
+        let (image_id, to) = (image_id.clone(), to.clone());
+        let request = pb::RestoreVolumeRequest { image_id, to, retry_token };
+        client.volumes().restore_volume(request).await
     };
-    let token = request.retry_token.clone();
-    let work = client
-        .call_twice(async || client.volumes().restore_volume(request.clone()).await)
-        .await
-        .map_err(|failure| ask_again(failure, &token))?;
-    let until = WaitFor::earliest(&args.wait_for_state).unwrap_or(Until::Ended);
-    let limit = args.max_wait_seconds.map(Duration::from_secs);
-    let ended = waited(&mut session, work, until, limit).await?;
-    let failure = Failure::of_work(&ended);
-    if session.output == Output::Json || until != Until::Ended {
-        work_request::print(&mut session, &ended)?;
-    } else if failure.is_none() {
-        session.console.print(&format!("{path} is {}, as its digests say", args.image_id))?;
-    }
-    failure.map_or(Ok(()), Err)
+    let told = |_: &_| format!("{to} is {image_id}, as its digests say");
+    long::ask(session, args.asking, call, told).await
 }

@@ -114,7 +114,34 @@ pub fn completion(parts: &[StoredAs], checksums: Checksums) -> String {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// What looks like an answer, and what does not, is an answer or an
+        /// error.
+        #[test]
+        fn any_bytes_are_survived(
+            bytes in prop::collection::vec(any::<u8>(), 0..400),
+            text in "(<[a-zA-Z]{1,3}>|</[a-zA-Z]{1,3}>|&[a-z#0-9]{1,4};|<!DOCTYPE a \\[|<!ENTITY|[ a-z]){0,60}",
+        ) {
+            for body in [&bytes[..], text.as_bytes()] {
+                if let Ok(document) = Document::parse(body) {
+                    document.each("Upload", &["Key", "UploadId"]).for_each(drop);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_made_to_be_slow_is_refused() {
+        let (deep, wide) = ("<a>".repeat(300_000), "<a/>".repeat(300_000));
+        let lol = "<!DOCTYPE a [<!ENTITY b \"bb\"><!ENTITY c \"&b;&b;\">]><a>&c;</a>";
+        for body in [deep, format!("<a>{wide}</a>"), lol.into()] {
+            assert!(Document::parse(body.as_bytes()).is_err());
+        }
+    }
 
     #[test]
     fn lists_are_understood_and_foreign_documents_are_not() {
