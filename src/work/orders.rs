@@ -42,7 +42,7 @@ impl Work {
     /// # Errors
     ///
     /// What makes the order impossible now: `INSTANCE_NOT_FOUND`,
-    /// `INSTANCE_RUNNING`, `INVALID_PARAMETER`, those of [`Volumes::hold`],
+    /// `INSTANCE_RUNNING`, `INVALID_PARAMETER`, those of [`Volumes::hold`](crate::port::Volumes::hold),
     /// `VOLUME_TOO_LARGE`, `SOURCE_LOCKED`, `TOO_MANY_REQUESTS`,
     /// `RETRY_TOKEN_REUSED`.
     pub async fn create_image(&self, wanted: CreateImage) -> Result<(Option<Image>, WorkRequest)> {
@@ -156,7 +156,7 @@ impl Work {
     ///
     /// As [`verify_image`](Self::verify_image), but for `IMAGE_LOCKED` by a
     /// verification; `INVALID_PARAMETER`, `SOURCE_LOCKED`, and those of
-    /// [`Volumes::target`].
+    /// [`Volumes::target`](crate::port::Volumes::target).
     pub async fn restore_volume(&self, wanted: RestoreVolume) -> Result<WorkRequest> {
         let RestoreVolume { image_id, path, retry_token, requested_by } = wanted;
         let words = format!("restore {image_id} {}", path.display());
