@@ -500,6 +500,8 @@ pub trait Delivery: Send + Sync + fmt::Debug {
 pub enum Delete {
     /// The image was there and is gone.
     Deleted,
+    /// It is gone from sight, and the store keeps its bytes as old versions.
+    Hidden,
     /// There was none.
     AlreadyDeleted,
 }
@@ -666,7 +668,7 @@ pub trait Inspector: Send + Sync + fmt::Debug {
 #[derive(Debug, thiserror::Error)]
 pub enum Fault {
     /// The object's length.
-    #[error("the object has {found} and was stored with {stored}")]
+    #[error("the object has {found:#} and was stored with {stored:#}")]
     Size {
         /// What is there.
         found: ByteSize,

@@ -143,12 +143,10 @@ impl Catalogue {
     /// # Errors
     ///
     /// `IMAGE_NOT_FOUND`, `STORE_UNAVAILABLE`.
-    pub async fn delete(&self, id: &ImageId) -> Result<()> {
+    pub async fn delete(&self, id: &ImageId) -> Result<Delete> {
         let found = self.find(id).await?;
         debug_assert!(matches!(found.image.state, ImageState::Available(_)));
-        match found.store.delete(id).await? {
-            Delete::Deleted | Delete::AlreadyDeleted => Ok(()),
-        }
+        found.store.delete(id).await
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ImageId, Image>> {

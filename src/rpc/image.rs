@@ -17,7 +17,7 @@ use crate::{
         image_service_server::ImageService,
         list_images_request::{SortBy, SortOrder},
     },
-    work::{Chunk, Listed, Reading, Work},
+    work::{Chunk, Delete, Listed, Reading, Work},
 };
 
 #[derive(Debug)]
@@ -80,8 +80,9 @@ impl ImageService for Images {
     ) -> Result<Response<pb::DeleteImageResponse>, Status> {
         let id = convert::image_id(&request.get_ref().image_id).map_err(status::from)?;
         let work = self.work.clone();
-        to_the_end(async move { work.delete_image(&id).await }).await?;
-        Ok(Response::new(pb::DeleteImageResponse {}))
+        let deleted = to_the_end(async move { work.delete_image(&id).await }).await?;
+        let keeps_versions = deleted == Delete::Hidden;
+        Ok(Response::new(pb::DeleteImageResponse { keeps_versions }))
     }
 
     async fn verify_image(

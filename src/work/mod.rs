@@ -45,7 +45,7 @@ pub use self::reading::{Chunk, Reading};
 use self::registry::Registry;
 pub use self::stores::Step;
 pub use crate::catalogue::Listed;
-pub use crate::port::{Over, Secret};
+pub use crate::port::{Delete, Over, Secret};
 use crate::{
     catalogue::Catalogue,
     encode::SpareMemory,
@@ -210,13 +210,14 @@ impl Work {
     /// # Errors
     ///
     /// `IMAGE_NOT_FOUND`, `IMAGE_LOCKED`, `STORE_UNAVAILABLE`.
-    pub async fn delete_image(&self, id: &ImageId) -> Result<()> {
+    pub async fn delete_image(&self, id: &ImageId) -> Result<Delete> {
         let image = self.0.catalogue.get(id).await?;
         self.0.registry.check_unused(id)?;
         self.0.readers.check_unused(id)?;
-        self.0.catalogue.delete(id).await?;
-        tracing::info!(image = %id, name = image.record.display_name, "image deleted");
-        Ok(())
+        let deleted = self.0.catalogue.delete(id).await?;
+        let name = image.record.display_name;
+        tracing::info!(image = %id, name, ?deleted, "image deleted");
+        Ok(deleted)
     }
 
     /// One image.

@@ -124,7 +124,10 @@ fn root_a_damaged_object_is_found_and_named() {
 
     file.set_len(MIB).unwrap();
     let stderr = daemon.refusal(&["image", "verify", "--image-id", id]);
-    assert!(stderr.contains("the object has 1.00 MiB and was stored with"), "{stderr}");
+    assert!(
+        stderr.contains("the object has 1.00 MiB (1048576 bytes) and was stored with"),
+        "{stderr}"
+    );
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    lab::{Config, Daemon, python, run, scratch},
+    lab::{Config, Daemon, Guest, python, run, scratch},
     oci_server::{ApiKey, Fault, FaultKind, OciServer, Options},
     proxy::{FaultPlan, FaultProxy},
     s3::volume,
@@ -101,15 +101,21 @@ impl Oci {
     /// The object of image `id`, fetched by the SDK, is a sound image of
     /// `volume`.
     pub fn judge(&self, id: &str, volume: &Path) {
+        let object = self.fetched(id);
+        let (object, volume) = (object.to_str().unwrap(), volume.to_str().unwrap());
+        run("qemu-img", &["check", "-q", "-f", "qcow2", object]);
+        run("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", volume, object]);
+    }
+
+    /// The object of image `id`, fetched by the SDK.
+    pub fn fetched(&self, id: &str) -> PathBuf {
         let object = self.path("fetched.qcow2");
         self.python(&format!(
             "got = client.get_object(ns, bucket, 'images/{id}/image.qcow2')\n\
              with open({object:?}, 'wb') as file:\n  \
              for chunk in got.data.raw.stream(1 << 20, decode_content=False): file.write(chunk)\n"
         ));
-        let (object, volume) = (object.to_str().unwrap(), volume.to_str().unwrap());
-        run("qemu-img", &["check", "-q", "-f", "qcow2", object]);
-        run("qemu-img", &["compare", "-q", "-f", "raw", "-F", "qcow2", volume, object]);
+        object
     }
 
     /// Names of all objects, in order.
@@ -156,6 +162,29 @@ fn root_oci_an_image_goes_there_is_read_back_and_deleted() {
     let oci = Oci::start();
     let daemon = oci.daemon(&oci.server.endpoint(), "");
     goes_there_and_comes_back(&oci, &daemon);
+}
+
+#[test]
+#[ignore = "needs root and QEMU"]
+fn qemu_oci_a_running_guest_goes_there() {
+    let oci = Oci::start();
+    let guest = Guest::boot();
+    let of_guest = crate::live::config(&guest);
+    let table = oci.table("far", &oci.server.endpoint(), "");
+    let lines = format!("{}\ndefault_store = \"far\"\n{table}", of_guest.lines);
+    let daemon = Daemon::start(&Config { lines, ..of_guest });
+    crate::live::start_writer(&guest);
+    let image = crate::live::capture(&daemon, &[]);
+    let id = image["id"].as_str().unwrap();
+    let object = oci.fetched(id);
+    run("qemu-img", &["check", "-q", "-f", "qcow2", object.to_str().unwrap()]);
+    crate::live::assert_prefix(&crate::live::records(&object, true));
+    succeed(&daemon, &["image", "verify", "--image-id", id]);
+    crate::live::assert_nothing_left(&guest);
+    let local = run("du", &["-sk", daemon.dir().to_str().unwrap()]);
+    println!("peak of memory: {} MiB, on local disk: {local}", daemon.peak_memory() >> 20);
+    let kib: u64 = local.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(kib < 32 << 10, "something is staged: {local}");
 }
 
 #[test]

@@ -448,3 +448,85 @@ fn root_s3_a_check_says_what_is_wrong_and_what_to_do() {
       help: `imagectl host get` lists the stores
     "#);
 }
+
+#[test]
+#[ignore = "needs root and SeaweedFS"]
+fn root_s3_an_object_that_was_changed_behind_its_manifest_is_found() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = volume(dir.path(), 40);
+    let weed = Weed::start();
+    let daemon = daemon(&weed, weed.address(), dir.path());
+    let image = daemon.create(&volume, &[]);
+    let id = image["id"].as_str().unwrap();
+    let key = format!("images/{id}/image.qcow2");
+    let verdict = || {
+        let said = daemon.refusal(&["image", "verify", "--image-id", id]);
+        let said = said.replace(id, "ID").replace(&weed.address().to_string(), "WEED");
+        // Where parts end depends on which thread was quicker.
+        let words = said[said.find("imagectl:").unwrap()..].split_inclusive([' ', ',']);
+        let long = |word: &str| word.chars().filter(char::is_ascii_digit).count() > 4;
+        words.map(|word| if long(word) { "N " } else { word }).collect::<String>()
+    };
+    let change = |script: &str| {
+        weed.python(&format!(
+            "body = bytearray(s3.get_object(Bucket=bucket, Key='{key}')['Body'].read())\n{script}\n\
+             s3.put_object(Bucket=bucket, Key='{key}', Body=bytes(body))"
+        ));
+        verdict()
+    };
+    let said = [
+        change("body[12 << 20] ^= 1"),
+        change("body[12 << 20] ^= 1; body += b'more'"),
+        change("del body[5 << 20:]"),
+        {
+            weed.python(&format!("s3.delete_object(Bucket=bucket, Key='{key}')"));
+            verdict()
+        },
+    ];
+    insta::assert_snapshot!(said.join("\n\n"), @r#"
+    imagectl: image ID in store "far" is not what was stored
+      0: part 2, at offset N of the object, has another SHA-256
+      reason: IMAGE_CORRUPT
+      help: do not launch from it: make the image again, and look after the store's disks
+
+
+    imagectl: image ID in store "far" is not what was stored
+      0: the object has 40.4 MiB N bytes) and was stored with 40.4 MiB N bytes)
+      reason: IMAGE_CORRUPT
+      help: do not launch from it: make the image again, and look after the store's disks
+
+
+    imagectl: image ID in store "far" is not what was stored
+      0: the object has 5.00 MiB N bytes) and was stored with 40.4 MiB N bytes)
+      reason: IMAGE_CORRUPT
+      help: do not launch from it: make the image again, and look after the store's disks
+
+
+    imagectl: http://WEED/images/images/ID/image.qcow2 is missing
+      reason: IMAGE_CORRUPT
+      help: bring it back if the bucket keeps old versions; else make the image again
+    "#);
+}
+
+#[test]
+#[ignore = "needs root and SeaweedFS"]
+fn root_s3_a_bucket_that_keeps_versions_is_used_and_told_of() {
+    let dir = tempfile::tempdir_in(scratch()).unwrap();
+    let volume = volume(dir.path(), 24);
+    let weed = Weed::start();
+    weed.python(
+        "s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={'Status': 'Enabled'})",
+    );
+    let daemon = daemon(&weed, weed.address(), dir.path());
+    let image = daemon.create(&volume, &[]);
+    let id = image["id"].as_str().unwrap();
+    judge(&weed, id, &volume, dir.path());
+    let delete = daemon.imagectl(&["image", "delete", "--force", "--image-id", id]);
+    assert!(delete.status.success());
+    insta::assert_snapshot!(String::from_utf8(delete.stderr).unwrap(), @"its store keeps old versions, and with them its bytes: remove them, or give the bucket a lifecycle rule that does");
+    assert_eq!(weed.keys(), ["imaged-store.json"]);
+    let versions = "print(len(s3.list_object_versions(Bucket=bucket)['Versions']))";
+    assert!(weed.python(versions).trim().parse::<u32>().unwrap() > 4);
+    let gone = daemon.refusal(&["image", "verify", "--image-id", id]);
+    assert!(gone.contains("there is no image"), "{gone}");
+}

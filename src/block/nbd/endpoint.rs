@@ -1,6 +1,6 @@
 //! Where an export is and what it shows.
 
-use std::{fmt, path::PathBuf};
+use std::{fmt, io, path::PathBuf};
 
 use super::{answer::Asked, fault::Fault};
 use crate::{
@@ -90,6 +90,13 @@ impl Endpoint {
         let (len, at) = (ByteSize(range.end - range.start), range.start);
         let sentence = format!("cannot {what} {len} at offset {at} of {self}");
         let (reason, advice) = match (&fault, self.role) {
+            // QEMU hangs up, and lives, where a snapshot breaks between its
+            // map and its bytes (nbd/server.c, `nbd_co_send_sparse_read`).
+            (Fault::Transport(cause), Role::Snapshot) if is_hung_up(cause) => (
+                Reason::SnapshotBroken,
+                "the scratch area was full or too slow, or the instance's QEMU has ended: look \
+                 into its log, give the scratch area more room or a faster disk, then ask again",
+            ),
             (Fault::Refused { .. }, Role::Snapshot) => (
                 Reason::SnapshotBroken,
                 "the guest wrote faster than the scratch area could save what was there: give it \
@@ -119,6 +126,11 @@ impl Endpoint {
     pub(super) fn out_of_turn(&self) -> Error {
         Error::new(Reason::Internal, format!("{self} answers out of turn"))
     }
+}
+
+fn is_hung_up(cause: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(cause.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 /// The fault under an error of a [`Client`](super::Client), if it is one.

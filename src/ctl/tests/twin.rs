@@ -162,7 +162,7 @@ impl ImageService for Service {
         request: Request<pb::DeleteImageRequest>,
     ) -> Answer<pb::DeleteImageResponse> {
         self.0.deletes.lock().unwrap().push(request.into_inner().image_id);
-        Ok(Response::new(pb::DeleteImageResponse {}))
+        Ok(Response::new(pb::DeleteImageResponse::default()))
     }
 
     async fn rehearse_image(

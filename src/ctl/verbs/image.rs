@@ -215,7 +215,13 @@ async fn list(mut session: Session<'_, '_>, args: ImageList) -> Result<(), Failu
 async fn delete(session: Session<'_, '_>, image_id: String) -> Result<(), Failure> {
     let client = session.client.clone();
     let request = pb::DeleteImageRequest { image_id: image_id.clone() };
-    client.call(client.images().delete_image(request)).await?;
+    let answer = client.call(client.images().delete_image(request)).await?;
+    if answer.keeps_versions {
+        session.console.tell(
+            "its store keeps old versions, and with them its bytes: remove them, or give the \
+             bucket a lifecycle rule that does",
+        );
+    }
     // oci prints nothing; a script reads nothing.
     if session.output == Output::Table {
         session.console.print(&format!("deleted {image_id}"))?;

@@ -186,8 +186,7 @@ impl Store {
             if self.brief.head(&key).await?.is_none() {
                 return Ok(None);
             }
-            let context = format!("{} is missing", path(RECORD));
-            return Err(Error::new(Reason::ImageCorrupt, context));
+            return Err(missing(path(RECORD)));
         };
         Ok(Some((manifest, form::parse(&path(RECORD), &record)?)))
     }
@@ -261,6 +260,12 @@ impl Store {
         let _ = self.brief.delete(&self.layout.tombstone(id)).await?;
         Ok(was)
     }
+}
+
+/// An object of an image that somebody else has removed.
+fn missing(path: String) -> Error {
+    Error::new(Reason::ImageCorrupt, format!("{path} is missing"))
+        .advice("bring it back if the bucket keeps old versions; else make the image again")
 }
 
 impl ObjectStore for BucketStore {
@@ -338,8 +343,7 @@ impl ObjectStore for BucketStore {
             self.store.existing(id).await?;
             let key = self.store.layout.file(id, OBJECT);
             let Some(facts) = self.store.brief.head(&key).await? else {
-                let context = format!("{}/{key} is missing", self.location());
-                return Err(Error::new(Reason::ImageCorrupt, context));
+                return Err(missing(format!("{}/{key}", self.location())));
             };
             let reader =
                 BucketReader::new(self.store.patient.clone(), key, facts, Handle::current());
@@ -354,7 +358,7 @@ impl ObjectStore for BucketStore {
             let path = format!("{}/{key}", self.location());
             let limit = ByteSize(form::extents_size(&manifest).get() + 1);
             let Some(bytes) = self.store.brief.get(&key, limit).await? else {
-                return Err(Error::new(Reason::ImageCorrupt, format!("{path} is missing")));
+                return Err(missing(path));
             };
             form::digests(&path, &manifest, bytes.into())
         })

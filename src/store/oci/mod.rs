@@ -233,7 +233,12 @@ impl Bucket for OciBucket {
             let what = format!("delete {key}");
             let ask = Ask::new(Method::DELETE, About::Object(key), &what);
             let found = self.find(ask, Absent::Object).await?;
-            Ok(if found.is_some() { Delete::Deleted } else { Delete::AlreadyDeleted })
+            Ok(match found {
+                None => Delete::AlreadyDeleted,
+                // Of the marker that hides it, where versioning is on.
+                Some(answer) if !answer.header("version-id").is_empty() => Delete::Hidden,
+                Some(_) => Delete::Deleted,
+            })
         })
     }
 

@@ -299,7 +299,11 @@ impl Bucket for S3Bucket {
         Box::pin(async move {
             let what = format!("delete {key}");
             let found = self.find(Ask::new(Method::DELETE, key, &what), "NoSuchKey").await?;
-            Ok(if found.is_some() { Delete::Deleted } else { Delete::AlreadyDeleted })
+            Ok(match found {
+                None => Delete::AlreadyDeleted,
+                Some(answer) if answer.header("x-amz-delete-marker") == "true" => Delete::Hidden,
+                Some(_) => Delete::Deleted,
+            })
         })
     }
 
