@@ -244,9 +244,9 @@ fn a_refusal_is_told_from_a_broken_connection() {
     let error = client.finished(PATIENCE).unwrap_err();
     assert!(matches!(fault(&error), Some(Fault::Transport(_))));
     insta::assert_snapshot!(shown(&error), @r#"
-    READ_FAILED: cannot read 512 B at offset 1024 of the NBD export "disk" at /run/vm/nbd.sock
+    SNAPSHOT_BROKEN: cannot read 512 B at offset 1024 of the NBD export "disk" at /run/vm/nbd.sock
       0: the server closed the connection
-      help: look whether the instance's QEMU still runs, and into its log
+      help: the scratch area was full or too slow, or the instance's QEMU has ended: look into its log, give the scratch area more room or a faster disk, then ask again
     "#);
     assert_eq!(client.in_flight(), 0);
     let error = client.read(vec![0; 512], 0, 0..512).unwrap_err();
