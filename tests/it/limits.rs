@@ -77,9 +77,8 @@ fn root_limits_hold_and_change_while_work_goes_on() {
         most_in_a_second(&seen) >> 10
     );
     assert!(child.wait().unwrap().success() && all >= 40 * MIB, "{all}");
-    // A busy machine may be later, never sooner.
-    assert!(took(&seen) > wanted * 8 / 10 && took(&seen) < wanted * 2);
-    assert!(most_in_a_second(&seen) < 12 * MIB);
+    assert!(took(&seen) > wanted * 8 / 10 && took(&seen) < wanted * 12 / 10);
+    assert!(most_in_a_second(&seen) < 10 * MIB);
 
     // The limit of an export, which is lifted, and then the host's.
     let images = daemon.json(&["image", "list"]);
@@ -106,7 +105,7 @@ fn root_limits_hold_and_change_while_work_goes_on() {
         thread::sleep(Duration::from_secs(2));
         let in_two_seconds = sent(&proxy) - before;
         println!("{} KiB in two seconds at 2 MiB/s", in_two_seconds >> 10);
-        assert!((MIB..8 * MIB).contains(&in_two_seconds), "{in_two_seconds}");
+        assert!((3 * MIB..5 * MIB + MIB / 2).contains(&in_two_seconds), "{in_two_seconds}");
         match host {
             true => succeed(&daemon, &["host", "update", "--max-upload-rate", "unlimited"]),
             false => {
@@ -122,7 +121,7 @@ fn root_limits_hold_and_change_while_work_goes_on() {
             (status(&work)["status"] == "SUCCEEDED").then_some(())
         });
         println!("done {:?} after the limit was lifted", lifted.elapsed());
-        assert!(lifted.elapsed() < Duration::from_secs(12));
+        assert!(lifted.elapsed() < Duration::from_secs(6));
     }
 
     // A cancellation does not wait for a limit.
@@ -130,10 +129,10 @@ fn root_limits_hold_and_change_while_work_goes_on() {
     wait_for("some bytes", Duration::from_secs(10), || (sent(&proxy) > 0).then_some(()));
     let canceled = Instant::now();
     succeed(&daemon, &["work-request", "cancel", "--work-request-id", &work]);
-    wait_for("its end", Duration::from_secs(20), || {
+    wait_for("its end", Duration::from_secs(5), || {
         (status(&work)["status"] == "CANCELED").then_some(())
     });
-    assert!(canceled.elapsed() < Duration::from_secs(10), "{:?}", canceled.elapsed());
+    assert!(canceled.elapsed() < Duration::from_secs(3), "{:?}", canceled.elapsed());
     assert_eq!(weed.uploads(), 0);
 
     // What is read: 43 MiB of data at 8 MiB/s.
@@ -141,7 +140,7 @@ fn root_limits_hold_and_change_while_work_goes_on() {
     let image = daemon.create(&volume, &["--max-read-rate", "8MiB"]);
     let took = begin.elapsed();
     println!("read 43 MiB in {took:?}");
-    assert!(took > Duration::from_millis(4300) && took < Duration::from_secs(20), "{took:?}");
+    assert!(took > Duration::from_millis(4300) && took < Duration::from_millis(8000), "{took:?}");
     succeed(&daemon, &["image", "verify", "--image-id", image["id"].as_str().unwrap()]);
     succeed(&daemon, &["host", "update", "--max-read-rate", "2MiB"]);
     let create = ["image", "create", "--boot-volume", path, "--output", "json"];
@@ -151,9 +150,9 @@ fn root_limits_hold_and_change_while_work_goes_on() {
     thread::sleep(Duration::from_secs(3));
     let read = status(&work)["progress"]["bytes-read"].as_u64().unwrap();
     println!("{} KiB read in three seconds at 2 MiB/s", read >> 10);
-    assert!((MIB..=12 * MIB).contains(&read), "{read}");
+    assert!((2 * MIB..=9 * MIB).contains(&read), "{read}");
     succeed(&daemon, &["host", "update", "--max-read-rate", "unlimited"]);
-    wait_for("the image", Duration::from_secs(30), || {
+    wait_for("the image", Duration::from_secs(6), || {
         (status(&work)["status"] == "SUCCEEDED").then_some(())
     });
     insta::assert_snapshot!(daemon.refusal(&["host", "update", "--max-read-rate", "1KiB"]), @"
