@@ -3,7 +3,7 @@
 //! ```text
 //! path ──open──► checked and open ──hold: holder, qemu_lock──► held ──map──► facts
 //!                                                               └──reader, queue──► pieces
-//! path ──open, hold──► target ──writer, queue──► an image over what was there
+//! path ──open, hold──► target ──writer, queue, flusher──► an image over what was there
 //! ```
 //!
 //! A volume is held in three ways at once, for each stops others: `O_EXCL`
@@ -13,6 +13,7 @@
 
 #[cfg(test)]
 mod device_tests;
+mod flusher;
 mod hold;
 mod holder;
 mod live;

@@ -12,6 +12,7 @@ use std::{
     io,
     ops::Range,
     os::unix::fs::FileExt,
+    path::Path,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         mpsc::{self, Receiver, RecvTimeoutError, Sender, TryRecvError},
@@ -27,6 +28,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     ReaderSettings,
+    flusher::Flusher,
     queue::Queue,
     reader::{EXTENT_LEN, STOP_LATENCY},
     target::Output,
@@ -84,11 +86,9 @@ impl Writer {
         let body = move || {
             let queue = Queue::new(settings.engine, Direction::Write, &file, &slab)
                 .context(Reason::WriteFailed, || format!("cannot write {}", path.display()))?;
-            let what = |transfer: &Transfer| {
-                let (offset, len) = (transfer.offset, transfer.range.len());
-                format!("cannot write {len} bytes at offset {offset} of {}", path.display())
-            };
-            Writing { queue, home: home_too, put_off: 0, what: &what }.run(&todo)
+            let flusher = Flusher::start(Arc::clone(&file))
+                .context(Reason::Internal, || "the flushing thread cannot be started")?;
+            Writing { queue, flusher, home: home_too, put_off: 0, path: &path }.run(&todo)
         };
         let thread = thread::Builder::new().name("write".into()).spawn(body).map_err(|cause| {
             Error::new(Reason::Internal, "the writing thread cannot be started").because(cause)
@@ -157,7 +157,7 @@ impl Sink for Writer {
             ended.map_err(|_| Error::new(Reason::Internal, "the writing thread panicked"))??;
         }
         let Output { file, path, size, room, sector, cut, name, .. } = &self.output;
-        let context = || format!("cannot finish writing {}", path.display());
+        let context = || unfinished(path);
         let mut rest = size.next_multiple_of(*sector).min(*room)..*room;
         while !rest.is_empty() {
             let step = rest.start..rest.end.min(rest.start.saturating_add(ZERO_STEP));
@@ -235,9 +235,10 @@ impl Drop for Lent<'_> {
 /// The thread that writes.
 struct Writing<'a> {
     queue: Queue,
+    flusher: Flusher,
     home: Sender<Buffer>,
     put_off: u32,
-    what: &'a dyn Fn(&Transfer) -> String,
+    path: &'a Path,
 }
 
 impl Writing<'_> {
@@ -248,7 +249,11 @@ impl Writing<'_> {
         loop {
             let more = self.begin(jobs)?;
             if self.queue.in_flight() == 0 {
-                if more { continue } else { return Ok(()) }
+                if more {
+                    continue;
+                }
+                let flushed = self.flusher.end();
+                return flushed.context(Reason::WriteFailed, || unfinished(self.path));
             }
             self.queue
                 .finished(Wait::ForOne, &mut done)
@@ -286,7 +291,8 @@ impl Writing<'_> {
                 self.put_off = 0;
                 // Nobody wants it any more.
                 let _ = self.home.send(buffer);
-                Ok(())
+                let flushed = self.flusher.wrote(range.len());
+                flushed.context(Reason::WriteFailed, || unfinished(self.path))
             }
             // The rest, from the sector on in which it stopped.
             Ok(written) if written >= FINEST => {
@@ -304,7 +310,10 @@ impl Writing<'_> {
                     return self.start(transfer);
                 }
                 let full = cause.kind() == io::ErrorKind::StorageFull;
-                let error = Error::new(Reason::WriteFailed, (self.what)(&transfer)).because(cause);
+                let (offset, len) = (transfer.offset, transfer.range.len());
+                let path = self.path.display();
+                let context = format!("cannot write {len} bytes at offset {offset} of {path}");
+                let error = Error::new(Reason::WriteFailed, context).because(cause);
                 Err(match full {
                     true => error.advice("make room where the volume lies, then restore again"),
                     false => error.advice("look into the kernel's log (dmesg)"),
@@ -345,6 +354,10 @@ pub(super) fn zero(file: &File, range: Range<u64>, stop: &CancellationToken) -> 
         }
     }
     Ok(())
+}
+
+fn unfinished(path: &Path) -> String {
+    format!("cannot finish writing {}", path.display())
 }
 
 fn canceled() -> Error {

@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    format::qcow2::image::Image,
+    format::qcow2::image::{Content, Image},
     model::image::EXTENT_SIZE,
     port::{Extent, ReadAt},
 };
@@ -123,7 +123,10 @@ fn decode(object: &Object) -> Vec<u8> {
     let mut image = Image::open(object).unwrap();
     let mut bytes = vec![0xaa; image.header().virtual_size as usize];
     for (index, extent) in bytes.chunks_mut(EXTENT_SIZE as usize).enumerate() {
-        image.read_at(extent, index as u64 * EXTENT_SIZE).unwrap();
+        if image.read_at(extent, index as u64 * EXTENT_SIZE).unwrap() == Content::Zeroes {
+            assert!(extent.iter().all(|byte| *byte == 0xaa));
+            extent.fill(0);
+        }
     }
     bytes
 }

@@ -172,6 +172,11 @@ impl AsRef<Self> for Manifest {
 }
 
 impl Manifest {
+    /// Bytes of each part, in order.
+    pub fn part_sizes(&self) -> impl Iterator<Item = u64> {
+        self.stored.parts.iter().map(|part| part.size.get())
+    }
+
     /// The image that this manifest and `record` describe.
     #[must_use]
     pub fn into_image(self, record: Record) -> Image {

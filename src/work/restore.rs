@@ -58,9 +58,11 @@ impl Restore {
         tracker.phase(Phase::Preflight).await?;
         let Found { image, store, .. } = &self.found;
         let stored = stored(&self.found)?.clone();
-        let object = store.open(&image.id).await?;
-        let digests = store.extent_digests(&image.id).await?;
-        let target = self.target(work).await?;
+        let (target, object, digests) = tokio::try_join!(
+            self.target(work),
+            store.open(&image.id),
+            store.extent_digests(&image.id)
+        )?;
         check(stop)?;
         tracker.phase(Phase::Restore).await?;
 

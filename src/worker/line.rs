@@ -4,11 +4,15 @@
 use std::{
     io::{self, ErrorKind, Read, Write},
     net::Shutdown,
-    os::unix::net::UnixStream,
+    os::{fd::AsRawFd, unix::net::UnixStream},
     sync::atomic::{AtomicUsize, Ordering},
     time::{Duration, Instant},
 };
 
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, recv},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::frame::{FromWorker, HEADER, MAX_TEXT, Nonsense, ToWorker};
@@ -85,8 +89,7 @@ impl<'a> Line<'a> {
     /// Any [`Break`].
     pub fn receive(&mut self) -> Result<FromWorker, Break> {
         loop {
-            if let Some((message, used)) = FromWorker::decode(&self.inbox)? {
-                self.inbox.drain(..used);
+            if let Some(message) = self.whole()? {
                 return Ok(message);
             }
             let mut buf = [0; HEADER + MAX_TEXT];
@@ -95,6 +98,36 @@ impl<'a> Line<'a> {
                 len => self.inbox.extend(&buf[..len]),
             }
         }
+    }
+
+    /// The next message if it has come: does not wait.
+    ///
+    /// # Errors
+    ///
+    /// Nonsense, or that the worker hung up.
+    pub fn received(&mut self) -> Result<Option<FromWorker>, Break> {
+        if let Some(message) = self.whole()? {
+            return Ok(Some(message));
+        }
+        let mut buf = [0; HEADER + MAX_TEXT];
+        match recv(self.stream.as_raw_fd(), &mut buf, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => Err(Break::HungUp),
+            Ok(len) => {
+                self.inbox.extend(&buf[..len]);
+                self.whole()
+            }
+            Err(Errno::EAGAIN | Errno::EINTR) => Ok(None),
+            Err(_) => Err(Break::HungUp),
+        }
+    }
+
+    /// The first message in the inbox.
+    fn whole(&mut self) -> Result<Option<FromWorker>, Break> {
+        let decoded = FromWorker::decode(&self.inbox)?;
+        Ok(decoded.map(|(message, used)| {
+            self.inbox.drain(..used);
+            message
+        }))
     }
 
     /// Sends `bytes`, which are whole messages.

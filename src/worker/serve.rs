@@ -2,6 +2,7 @@
 //! what comes back with what should.
 
 use std::{
+    collections::VecDeque,
     fs::File,
     os::unix::fs::FileExt,
     sync::atomic::{AtomicU64, Ordering},
@@ -90,21 +91,30 @@ impl Server<'_> {
         let mut buf = Vec::new();
         while let Some(task) = self.next_task() {
             line.say(&ToWorker::Task(task))?;
-            let mut index = task.first;
+            let end = task.first + task.count;
+            // Extents before `told` are decoded, those before `index` done with.
+            let (mut told, mut index) = (task.first, task.first);
+            let mut filled = VecDeque::new();
             let mut zeroes = Zeroes { first: index, count: 0 };
-            while index < task.first + task.count {
-                match line.receive()? {
-                    FromWorker::Read { offset, len } => {
+            while index < end {
+                // What the worker waits for goes first: so it decodes while
+                // what it has decoded is taken.
+                let message = match filled.is_empty() {
+                    true => Some(line.receive()?),
+                    false => line.received()?,
+                };
+                match message {
+                    Some(FromWorker::Read { offset, len }) => {
                         self.read(offset, len, &mut buf)?;
                         line.send(&buf)?;
                     }
-                    FromWorker::Opened(size) if !opened => {
+                    Some(FromWorker::Opened(size)) if !opened => {
                         if size != self.volume_size {
                             return Ok(Some(Fault::Sum("virtual size")));
                         }
                         opened = true;
                     }
-                    FromWorker::Extent(held, digest)
+                    Some(FromWorker::Extent(held, digest))
                         if opened && matches!(self.output, Output::Digests) =>
                     {
                         line.satisfied();
@@ -114,10 +124,16 @@ impl Server<'_> {
                         self.count(index, held);
                         index += 1;
                     }
-                    FromWorker::Filled(held)
-                        if opened && let Output::Sink { memory, sink } = self.output =>
+                    Some(FromWorker::Filled(held))
+                        if opened && told < end && matches!(self.output, Output::Sink { .. }) =>
                     {
                         line.satisfied();
+                        filled.push_back(held);
+                        told += 1;
+                    }
+                    None if let Output::Sink { memory, sink } = self.output
+                        && let Some(held) = filled.pop_front() =>
+                    {
                         let slot = lane * SLOTS + index - task.first;
                         let taken = match held {
                             Held::Data => self.take(memory, slot, index, sink)?,
@@ -130,7 +146,7 @@ impl Server<'_> {
                         self.count(index, held);
                         index += 1;
                     }
-                    FromWorker::Broken(why) => {
+                    Some(FromWorker::Broken(why)) => {
                         return Ok(Some(Fault::Undecodable(Undecodable(why))));
                     }
                     _ => return Err(Break::Nonsense("it spoke out of turn").into()),

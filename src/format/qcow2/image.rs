@@ -114,8 +114,9 @@ impl<'a> Image<'a> {
         &self.map.header
     }
 
-    /// Fills `buf` with what the guest sees from `offset` on. `offset` is a
-    /// multiple of the cluster's size; `buf` ends at one, or at the end.
+    /// Fills `buf` with what the guest sees from `offset` on, unless that is
+    /// [`Content::Zeroes`]: then it is left as it was. `offset` is a multiple
+    /// of the cluster's size; `buf` ends at one, or at the end.
     ///
     /// # Errors
     ///
@@ -123,15 +124,21 @@ impl<'a> Image<'a> {
     pub fn read_at(&mut self, buf: &mut [u8], offset: u64) -> Result<Content, ReadError> {
         let cluster_size = 1 << self.map.header.cluster_bits;
         let mut content = Content::Zeroes;
-        for (index, part) in buf.chunks_mut(cluster_size).enumerate() {
-            let guest = offset + (index * cluster_size) as u64;
-            if self.read_cluster(part, guest)? == Content::Data {
-                content = Content::Data;
+        for start in (0..buf.len()).step_by(cluster_size) {
+            let end = buf.len().min(start + cluster_size);
+            match (self.read_cluster(&mut buf[start..end], offset + start as u64)?, content) {
+                (Content::Data, Content::Data) | (Content::Zeroes, Content::Zeroes) => {}
+                (Content::Zeroes, Content::Data) => buf[start..end].fill(0),
+                (Content::Data, Content::Zeroes) => {
+                    buf[..start].fill(0);
+                    content = Content::Data;
+                }
             }
         }
         Ok(content)
     }
 
+    /// As [`Self::read_at`], of one cluster.
     fn read_cluster(&mut self, buf: &mut [u8], guest: u64) -> Result<Content, ReadError> {
         let entry = self.entry(guest)?;
         if entry & COMPRESSED != 0 {
@@ -140,7 +147,6 @@ impl<'a> Image<'a> {
         }
         let host = entry & OFFSET_MASK;
         if host == 0 || entry & ZERO != 0 {
-            buf.fill(0);
             return Ok(Content::Zeroes);
         }
         read(self.object, buf, host)?;

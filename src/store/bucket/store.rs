@@ -340,13 +340,13 @@ impl ObjectStore for BucketStore {
 
     fn open<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Box<dyn ObjectReader>>> {
         Box::pin(async move {
-            self.store.existing(id).await?;
+            let manifest = self.store.existing(id).await?;
             let key = self.store.layout.file(id, OBJECT);
             let Some(facts) = self.store.brief.head(&key).await? else {
                 return Err(missing(format!("{}/{key}", self.location())));
             };
-            let reader =
-                BucketReader::new(self.store.patient.clone(), key, facts, Handle::current());
+            let (bucket, parts) = (self.store.patient.clone(), manifest.part_sizes());
+            let reader = BucketReader::new(bucket, key, facts, parts, Handle::current());
             Ok(Box::new(reader) as Box<dyn ObjectReader>)
         })
     }
