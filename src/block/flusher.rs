@@ -13,7 +13,7 @@ use std::{
 };
 
 /// Bytes that are written before they are flushed.
-const EVERY: usize = 32 << 20;
+const EVERY: usize = 16 << 20;
 
 /// Flushes a file from time to time. Dropped, it waits for the flush that is
 /// under way.

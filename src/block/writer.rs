@@ -73,8 +73,9 @@ impl Writer {
         settings: ReaderSettings,
         stop: CancellationToken,
     ) -> Result<Self> {
-        // One stays behind: the first extent.
-        let (slab, buffers) = Slab::cut(settings.depth.max(1).saturating_add(1), EXTENT_LEN);
+        // One stays behind: the first extent. As many again as are written at
+        // once: a loop device writes nothing for the moment of a flush.
+        let (slab, buffers) = Slab::cut(2 * settings.depth.max(1) + 1, EXTENT_LEN);
         let (home, free) = mpsc::channel();
         for buffer in buffers {
             // The other end is here.

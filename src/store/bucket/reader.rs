@@ -59,7 +59,9 @@ impl BucketReader {
         let cuts = cuts(parts, facts.size.get());
         let last = cuts.len().saturating_sub(2);
         let reader = Self { bucket, key, facts, runtime, cuts, pieces: Mutex::default() };
-        _ = (reader.piece(last), reader.piece(0));
+        if reader.facts.size.get() > 0 {
+            _ = (reader.piece(last), reader.piece(0));
+        }
         reader
     }
 
