@@ -48,6 +48,10 @@ use crate::{
 /// the kernel writes zeroes, and nobody can stop it meanwhile.
 const ZERO_STEP: u64 = 64 << 20;
 
+/// Extents that go on being decoded while a flush holds writes up: a loop
+/// device writes nothing for the moment of it.
+const SPARE: u16 = 8;
+
 /// How often in a row a write may be interrupted or put off before it counts
 /// as an error.
 const PATIENCE: u32 = 1000;
@@ -73,9 +77,9 @@ impl Writer {
         settings: ReaderSettings,
         stop: CancellationToken,
     ) -> Result<Self> {
-        // One stays behind: the first extent. As many again as are written at
-        // once: a loop device writes nothing for the moment of a flush.
-        let (slab, buffers) = Slab::cut(2 * settings.depth.max(1) + 1, EXTENT_LEN);
+        // One stays behind: the first extent.
+        let depth = settings.depth.max(1).saturating_add(SPARE + 1);
+        let (slab, buffers) = Slab::cut(depth, EXTENT_LEN);
         let (home, free) = mpsc::channel();
         for buffer in buffers {
             // The other end is here.
