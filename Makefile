@@ -31,12 +31,14 @@ demo:
 	$(CARGO) build --release --locked
 	tests/demo.sh
 
-# The tests that gain by repetition, for half an hour: 20 captures of a guest
-# that writes, of each mode.
+# The tests that gain by repetition, for an hour: 20 captures of a guest that
+# writes, of each mode, and 200 uploads through a network that fails, to each
+# kind of bucket.
 soak:
 	$(NEED) test
-	IMAGED_TEST_CAPTURES=20 $(CARGO) test --locked --test it -- --include-ignored --nocapture \
-		qemu_guest_is_imaged_while_it_writes bit_for_bit
+	IMAGED_TEST_CAPTURES=20 IMAGED_TEST_UPLOADS=200 \
+		$(CARGO) test --locked --test it -- --include-ignored --nocapture \
+		qemu_guest_is_imaged_while_it_writes bit_for_bit through_a_bad_network
 
 bench:
 	$(NEED) bench

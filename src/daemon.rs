@@ -277,6 +277,7 @@ async fn store_state(store: Arc<dyn ObjectStore>) -> StoreState {
         kind: store.kind(),
         location: store.location(),
         space,
+        traffic: store.traffic(),
     }
 }
 

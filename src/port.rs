@@ -26,7 +26,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         ByteSize, ImageId, Timestamp, WorkRequestId,
-        host::Space,
+        host::{Space, Traffic},
         image::{Manifest, ObjectDigest, Record, Stored},
         instance::{Instance, PowerState},
         live::{LiveSource, Mode, PointInTime, Undo},
@@ -359,6 +359,11 @@ pub trait ObjectStore: Send + Sync + fmt::Debug {
     fn kind(&self) -> &'static str;
     /// Where it is, without any secret.
     fn location(&self) -> String;
+    /// What was counted of it: nothing by itself, see
+    /// [`Metered`](crate::store::Metered).
+    fn traffic(&self) -> Traffic {
+        Traffic::default()
+    }
     /// Room, where the store can tell. An error: the store does not answer.
     fn space(&self) -> BoxFuture<'_, Result<Option<Space>>>;
 

@@ -11,7 +11,8 @@ use crate::{
     model::{host::Feature, instance::Instance},
     port::{BoxFuture, Clock, ObjectStore},
     store::{
-        Bucket, BucketStore, Http, LazyStore, OciBucket, ParBucket, ParOutlets, Place, S3Bucket,
+        Bucket, BucketStore, Counters, Http, LazyStore, Metered, OciBucket, ParBucket, ParOutlets,
+        Place, S3Bucket,
     },
     worker::{Attempt, Workers},
 };
@@ -74,9 +75,12 @@ impl Owner {
         store: StoreConfig,
         clock: &Arc<dyn Clock>,
     ) -> Arc<dyn ObjectStore> {
+        let counters = Arc::new(Counters::default());
         let (kind, location, remote, make): (_, _, _, Box<Make>) = match store {
             StoreConfig::Directory { path, min_free } => {
-                return Arc::new(LazyStore::directory(name, path, min_free, self.host_id.clone()));
+                let host_id = self.host_id.clone();
+                let store = LazyStore::directory(name, path, min_free, host_id);
+                return Arc::new(Metered::new(store, counters));
             }
             StoreConfig::S3 { region, endpoint, bucket, remote } => {
                 let (location, clock) = (format!("{endpoint}/{bucket}"), Arc::clone(clock));
@@ -119,16 +123,19 @@ impl Owner {
         let place =
             Place { store: name.clone(), file: remote.credentials, profile: remote.profile };
         let (called, owner, make) = (name.clone(), self.name(), Arc::new(make));
+        let counted = Arc::clone(&counters);
         let open = move || -> BoxFuture<'static, Result<Arc<dyn ObjectStore>>> {
             let (name, owner) = (called.clone(), owner.clone());
             let (place, make, prefix) = (place.clone(), Arc::clone(&make), remote.prefix.clone());
+            let counters = Arc::clone(&counted);
             Box::pin(async move {
                 let bucket = super::blocking(move || make(&place)).await?;
-                let store = BucketStore::open(name, bucket, &prefix, owner).await?;
+                let store = BucketStore::open(name, bucket, &prefix, owner, counters).await?;
                 Ok(Arc::new(store) as Arc<dyn ObjectStore>)
             })
         };
-        Arc::new(LazyStore::new(name, kind, location, Box::new(open)))
+        let store = LazyStore::new(name, kind, location, Box::new(open));
+        Arc::new(Metered::new(store, counters))
     }
 }
 

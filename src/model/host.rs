@@ -13,6 +13,21 @@ pub struct Feature {
     pub details: String,
 }
 
+/// What went to a store and came from it since the daemon began.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// Bytes of parts that it has taken.
+    pub stored: ByteSize,
+    /// Bytes of objects that were read; a piece that is read twice counts
+    /// twice, wherever it came from.
+    pub read: ByteSize,
+    /// Calls that failed in the end.
+    pub failed: u64,
+    /// Requests that were made again because the store did not answer, or was
+    /// busy.
+    pub retried: u64,
+}
+
 /// Room in a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Space {

@@ -10,7 +10,7 @@ use crate::{
     error::Result,
     model::{
         ByteSize,
-        host::{Feature, Space},
+        host::{Feature, Space, Traffic},
         work_request,
     },
     pb::{self, host_service_server::HostService},
@@ -53,6 +53,8 @@ pub struct StoreState {
     pub location: String,
     /// Room, where the store can tell; an error where it does not answer.
     pub space: Result<Option<Space>>,
+    /// What went there and came back.
+    pub traffic: Traffic,
 }
 
 #[derive(Debug)]
@@ -130,5 +132,9 @@ fn store(state: StoreState, default: &str) -> pb::Store {
         free_bytes: space.map(|space| space.free.get()),
         total_bytes: space.map(|space| space.total.get()),
         problem,
+        bytes_stored: state.traffic.stored.get(),
+        bytes_read: state.traffic.read.get(),
+        failed_calls: state.traffic.failed,
+        retried_requests: state.traffic.retried,
     }
 }

@@ -8,6 +8,7 @@ mod directory;
 mod form;
 mod http;
 mod lazy;
+mod metered;
 mod oci;
 mod par;
 mod s3;
@@ -19,6 +20,7 @@ pub use self::{
     directory::DirectoryStore,
     http::Http,
     lazy::LazyStore,
+    metered::{Counters, Metered},
     oci::OciBucket,
     par::{ObjectPar, ParBucket, ParOutlets, ParUrl},
     s3::S3Bucket,

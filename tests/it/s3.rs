@@ -107,9 +107,24 @@ fn root_s3_each_upload_through_a_bad_network_is_whole_or_absent() {
     let digests: std::collections::BTreeSet<_> = digests.lines().collect();
     assert_eq!(digests.len(), 1, "{digests:?}");
     judge(&weed, &made[0], &volume, dir.path());
-    // What a failed one left when even its abort failed, the next start takes.
-    let kept = daemon.stop();
-    drop(kept);
+    // What a failed one left is what its abort could not reach.
+    let collected = daemon.imagectl(&["store", "gc", "far"]);
+    assert!(collected.status.success(), "{}", String::from_utf8_lossy(&collected.stderr));
+    println!("{}", String::from_utf8_lossy(&collected.stdout));
+    assert_eq!(weed.uploads(), 0);
+    // The answer to the last of its requests may be lost for good.
+    let listed = daemon.json(&["image", "list", "--all"]);
+    let listed = listed["data"].as_array().unwrap().iter();
+    let whole: Vec<_> = listed.map(|image| image["id"].as_str().unwrap().to_owned()).collect();
+    assert!(made.iter().all(|id| whole.contains(id)), "an image is missing: {whole:?}");
+    let of_none = |key: &String| !whole.iter().any(|id| key.contains(&format!("/{id}/")));
+    let keys = weed.keys();
+    assert_eq!(keys.iter().filter(|key| of_none(key)).collect::<Vec<_>>(), ["imaged-store.json"]);
+    assert_eq!(keys.len(), 1 + 4 * whole.len());
+    let store = &daemon.json(&["store", "list"])["data"][0];
+    let counted = |name: &str| store[name].as_u64().unwrap();
+    assert!(counted("retried-requests") >= uploads(), "{store}");
+    assert_eq!(counted("failed-calls") > 0, !failed.is_empty(), "{store}");
 }
 
 fn fresh() -> u64 {

@@ -229,12 +229,16 @@ pub(in crate::ctl) fn host(host: &pb::Host) -> Value {
 pub(in crate::ctl) fn stores(stores: &[pb::Store]) -> Value {
     list(stores, |store| {
         object([
+            ("bytes-read", store.bytes_read.into()),
+            ("bytes-stored", store.bytes_stored.into()),
+            ("failed-calls", store.failed_calls.into()),
             ("free-bytes", store.free_bytes.into()),
             ("is-default", store.is_default.into()),
             ("kind", text(&store.kind)),
             ("location", text(&store.location)),
             ("name", text(&store.name)),
             ("problem", text(&store.problem)),
+            ("retried-requests", store.retried_requests.into()),
             ("total-bytes", store.total_bytes.into()),
         ])
     })
@@ -482,21 +486,29 @@ mod tests {
             "max-upload-rate": 209715200,
             "stores": [
               {
+                "bytes-read": 3221225472,
+                "bytes-stored": 587202560,
+                "failed-calls": 1,
                 "free-bytes": 128849018880,
                 "is-default": true,
                 "kind": "directory",
                 "location": "/var/lib/imaged/images",
                 "name": "local",
                 "problem": null,
+                "retried-requests": 12,
                 "total-bytes": 1099511627776
               },
               {
+                "bytes-read": 0,
+                "bytes-stored": 0,
+                "failed-calls": 0,
                 "free-bytes": null,
                 "is-default": false,
                 "kind": "directory",
                 "location": "/mnt/images",
                 "name": "nfs",
                 "problem": "No such file or directory (os error 2)",
+                "retried-requests": 0,
                 "total-bytes": null
               }
             ],

@@ -401,6 +401,10 @@ pub(in crate::ctl) fn stores(stores: &[pb::Store], width: Option<u16>) -> String
         column("KIND", 0, |store: &pb::Store| store.kind.clone()),
         column("FREE", 0, |store: &pb::Store| store.free_bytes.map_or(UNKNOWN.into(), show_size)),
         column("TOTAL", 0, |store: &pb::Store| store.total_bytes.map_or(UNKNOWN.into(), show_size)),
+        column("STORED", 1, |store: &pb::Store| show_size(store.bytes_stored)),
+        column("READ", 1, |store: &pb::Store| show_size(store.bytes_read)),
+        column("RETRIED", 1, |store: &pb::Store| store.retried_requests.to_string()),
+        column("FAILED", 1, |store: &pb::Store| store.failed_calls.to_string()),
         column("LOCATION", 0, |store: &pb::Store| match words::known(&store.problem) {
             Some(problem) => format!("{}: {}", store.location, words::in_one_line(problem)),
             None => store.location.clone(),
@@ -723,9 +727,9 @@ mod tests {
         io_uring  yes        SINGLE_ISSUER, DEFER_TASKRUN
         qemu-img  NO         qemu-img was not found; install qemu-utils
 
-        STORE            KIND       FREE     TOTAL     LOCATION
-        local (default)  directory  120 GiB  1.00 TiB  /var/lib/imaged/images
-        nfs              directory  -        -         /mnt/images: No such file or directory (os error 2)
+        STORE            KIND       FREE     TOTAL     STORED   READ      RETRIED  FAILED  LOCATION
+        local (default)  directory  120 GiB  1.00 TiB  560 MiB  3.00 GiB  12       1       /var/lib/imaged/images
+        nfs              directory  -        -         0 B      0 B       0        0       /mnt/images: No such file or directory (os error 2)
         ");
     }
 

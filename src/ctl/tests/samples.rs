@@ -203,6 +203,10 @@ pub fn host() -> pb::Host {
                 free_bytes: Some(120 << 30),
                 total_bytes: Some(1 << 40),
                 problem: String::new(),
+                bytes_stored: 560 << 20,
+                bytes_read: 3 << 30,
+                failed_calls: 1,
+                retried_requests: 12,
             },
             pb::Store {
                 name: "nfs".into(),

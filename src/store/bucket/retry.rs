@@ -12,6 +12,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::ByteSize,
     port::{BoxFuture, Delete, Part},
+    store::Counters,
 };
 
 /// First pause: a connection that broke is there again at once.
@@ -34,29 +35,39 @@ pub const PATIENT: Duration = Duration::from_secs(18 * 60);
 pub struct Retry {
     bucket: Arc<dyn Bucket>,
     patience: Duration,
+    counters: Arc<Counters>,
 }
 
 impl Retry {
-    /// Repeats for `patience`.
+    /// Repeats for `patience`, and counts how often.
     #[must_use]
-    pub fn new(bucket: Arc<dyn Bucket>, patience: Duration) -> Self {
-        Self { bucket, patience }
+    pub fn new(bucket: Arc<dyn Bucket>, patience: Duration, counters: Arc<Counters>) -> Self {
+        Self { bucket, patience, counters }
     }
 
     /// Asks once.
     #[must_use]
     pub fn once(&self) -> Self {
-        Self { bucket: Arc::clone(&self.bucket), patience: Duration::ZERO }
+        Self { patience: Duration::ZERO, ..self.clone() }
     }
 
     async fn again<'a, T>(&'a self, call: impl Fn() -> BoxFuture<'a, Result<T>>) -> Result<T> {
-        again(self.patience, call).await
+        noting(self.patience, || self.counters.retried(), call).await
     }
 }
 
 /// What `call` gives, asked again for `patience`.
 pub async fn again<'a, T>(
     patience: Duration,
+    call: impl Fn() -> BoxFuture<'a, Result<T>>,
+) -> Result<T> {
+    noting(patience, || (), call).await
+}
+
+/// The same; `retried` notes that it is asked again.
+async fn noting<'a, T>(
+    patience: Duration,
+    retried: impl Fn(),
     call: impl Fn() -> BoxFuture<'a, Result<T>>,
 ) -> Result<T> {
     let begin = Instant::now();
@@ -74,6 +85,7 @@ pub async fn again<'a, T>(
         if tries == 1 {
             tracing::warn!("{error:?}; asking again");
         }
+        retried();
         sleep(wait).await;
         (pause, tries) = (LONGEST.min(pause * 2), tries + 1);
     }

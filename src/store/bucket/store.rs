@@ -28,6 +28,7 @@ use crate::{
     },
     port::{BoxFuture, Delete, ObjectReader, ObjectStore, Outlet, Upload},
     store::{
+        Counters,
         form::{
             self, EXTENTS, MANIFEST, MAX_MANIFEST, MAX_RECORD, MAX_SMALL, Marker, OBJECT, Owner,
             RECORD,
@@ -90,7 +91,8 @@ impl Store {
 impl BucketStore {
     /// Opens the store called `name` in `bucket`, under `prefix`, and makes
     /// one there if there is none. `host_id` tells this host, and this
-    /// daemon, from others that use the same bucket.
+    /// daemon, from others that use the same bucket. `counters` learn what is
+    /// asked again.
     ///
     /// # Errors
     ///
@@ -100,9 +102,10 @@ impl BucketStore {
         bucket: Arc<dyn Bucket>,
         prefix: &str,
         host_id: String,
+        counters: Arc<Counters>,
     ) -> Result<Self> {
-        let brief = Retry::new(Arc::clone(&bucket), BRIEF);
-        let patient = Retry::new(bucket, PATIENT);
+        let brief = Retry::new(Arc::clone(&bucket), BRIEF, Arc::clone(&counters));
+        let patient = Retry::new(bucket, PATIENT, counters);
         let layout = Layout::new(prefix);
         let owner = Owner::new(host_id, form::random_id()?);
         let mut store = Store {

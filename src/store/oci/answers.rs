@@ -212,6 +212,8 @@ pub fn not_made_of(what: String, answer: &Answer) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use crate::{
         model::image::ObjectDigest,
@@ -232,6 +234,37 @@ mod tests {
         }
         let status = StatusCode::from_u16(status).unwrap();
         Answer { status, headers: map, body: Bytes::from_static(body) }
+    }
+
+    /// A value that may stand where another is expected.
+    fn value() -> impl Strategy<Value = &'static str> {
+        let values = ["7", "-1", "1e99", "18446744073709551616", "\"a\"", "\"=?\"", "null", "[]"];
+        prop::sample::select(values.to_vec())
+    }
+
+    proptest! {
+        /// What looks like an answer, and what does not, is an answer or
+        /// nothing.
+        #[test]
+        fn any_bytes_are_survived(
+            bytes in prop::collection::vec(any::<u8>(), 0..400),
+            values in prop::collection::vec(value(), 4),
+            cut in 0..200_usize,
+        ) {
+            let [a, b, c, d] = [values[0], values[1], values[2], values[3]];
+            let listed = format!(
+                "{{\"objects\":[{{\"name\":{a}}}],\"partNumber\":{a},\"etag\":{b},\"md5\":{c},\
+                 \"size\":{d},\"object\":{b},\"uploadId\":{c},\"code\":{a},\"message\":{d}}}"
+            );
+            let cut = &listed.as_bytes()[..cut.min(listed.len())];
+            for body in [&bytes[..], cut, listed.as_bytes()] {
+                let answer = Answer { body: Bytes::copy_from_slice(body), ..answer(400, &[], b"") };
+                _ = parse::<Listing>(&answer).map(Page::from);
+                _ = parse::<Listed>(&answer).map(ListedPart::from);
+                _ = parse::<Begun>(&answer).map(|begun| begun.upload_id);
+                _ = trouble(&refusal(&answer));
+            }
+        }
     }
 
     #[test]

@@ -48,7 +48,7 @@ impl Bench {
         self.path().join("images").join(id.as_str())
     }
 
-    pub(super) async fn store(&self) -> DirectoryStore {
+    pub(in crate::store) async fn store(&self) -> DirectoryStore {
         DirectoryStore::open("local", &self.path(), ROOM, HOST).await.unwrap()
     }
 
