@@ -3,7 +3,10 @@
 use std::{future::pending, panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
 use futures_util::FutureExt;
-use tokio::{sync::OwnedSemaphorePermit, time::sleep};
+use tokio::{
+    sync::OwnedSemaphorePermit,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -21,7 +24,7 @@ use super::{
 use crate::{
     catalogue::Found,
     error::{Error, Reason, Result},
-    model::{live::Undo, work_request::Status},
+    model::{live::Undo, upload::Resume, work_request::Status},
 };
 
 /// What is to be done.
@@ -57,15 +60,16 @@ async fn drive(work: Work, job: Job, task: Task) {
     let inner = &work.0;
     let ports = &inner.ports;
     let mut tracker = Tracker::new(state.clone(), ports.journal.clone(), ports.clock.clone());
-    let image = match &task {
-        Task::Capture(capture) => Some(capture.image.id.clone()),
-        Task::Verify(_) | Task::Rehearse(_) | Task::Export(_) | Task::Restore(_) => None,
+    let (image, interrupted) = match &task {
+        Task::Capture(capture) => {
+            let resume = capture.interrupted.as_ref().map(|interrupted| interrupted.resume.clone());
+            (Some(capture.image.id.clone()), resume)
+        }
+        Task::Verify(_) | Task::Rehearse(_) | Task::Export(_) | Task::Restore(_) => (None, None),
     };
-    if let Task::Capture(capture) = &task
-        && let Some(interrupted) = &capture.interrupted
-    {
+    if let Some(resume) = &interrupted {
         let earlier = ports.journal.trace(&id).await.ok().flatten().unwrap_or_default();
-        tracker.resumed(interrupted.resume.time_line.clone(), earlier);
+        tracker.resumed(resume.time_line.clone(), earlier);
     }
 
     let rates = rates::All::new([limits, inner.limits.clone()], stop.clone());
@@ -121,6 +125,11 @@ async fn drive(work: Work, job: Job, task: Task) {
     if let Some(undo) = tracker.owed() {
         give_back(&work, &tracker, undo).await;
     }
+    if outcome.is_err()
+        && let Some(resume) = interrupted
+    {
+        remove(&work, &tracker, &resume, watchdog.undoing()).await;
+    }
     // Before the end is told: who is told may act at once.
     inner.registry.release(&id);
     if let Some(image) = image {
@@ -142,6 +151,29 @@ async fn give_back(work: &Work, tracker: &Tracker, undo: Undo) {
             undo.instance
         ));
         tracing::error!(instance = undo.instance, "{error:?}");
+    }
+}
+
+/// Removes what the store has of a capture that nobody goes on with any more:
+/// it may have ended before its upload was found again. Takes `patience` at
+/// most.
+async fn remove(work: &Work, tracker: &Tracker, resume: &Resume, patience: Duration) {
+    let removed = async {
+        let store = work.0.catalogue.store(&resume.origin.store)?;
+        match store.resume(&resume.image_id, &resume.token, Vec::new()).await {
+            // It is removed already, or was never there.
+            Err(error) if error.reason() == Reason::StoreRefused => Ok(()),
+            Err(error) => Err(error),
+            Ok(upload) => upload.abort().await,
+        }
+    };
+    let left = match timeout(patience, removed).await {
+        Ok(removed) => removed,
+        Err(late) => Err(Error::new(Reason::Stalled, "the store did not answer").because(late)),
+    };
+    if let Err(left) = left {
+        tracker.log(format!("the next start will remove what is left: {left}"));
+        tracing::error!(image = %resume.image_id, "{left:?}");
     }
 }
 

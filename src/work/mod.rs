@@ -188,7 +188,11 @@ impl Work {
             return Err(Error::new(Reason::Internal, context));
         };
         tracing::info!(work_request = %request.id, "going on with it");
-        let parts = self.0.ports.journal.parts(&request.id).await?;
+        // Without what is known of them they are stored again.
+        let parts = self.0.ports.journal.parts(&request.id).await.unwrap_or_else(|error| {
+            tracing::error!(work_request = %request.id, "{error:?}");
+            Vec::new()
+        });
         let instance = resume.instance.as_deref().and_then(|name| self.instance(name).ok());
         let interrupted =
             resume::Interrupted { resume: *resume.clone(), undo: request.undo.clone(), parts };

@@ -295,6 +295,55 @@ fn root_oci_a_killed_daemon_goes_on_and_sends_no_part_twice() {
     assert_eq!(oci.keys(), [vec!["imaged-store.json".into()], of(&id)].concat());
 }
 
+#[test]
+#[ignore = "needs root"]
+fn root_oci_an_interrupted_capture_that_is_cancelled_in_the_queue_leaves_nothing() {
+    let oci = Oci::start();
+    let delay = FaultKind::Delay(Duration::from_secs(60));
+    oci.server.add_fault(Fault::new("PUT", "", delay).part(3).times(9));
+    let tables = oci.table("far", &oci.server.endpoint(), "");
+    let dir = tempfile::tempdir().unwrap();
+    let daemon = Daemon::start_in(dir.path(), &oci.config(&tables));
+    let volume = oci.volume(80);
+    let other = oci.path("other.raw");
+    fs::copy(&volume, &other).unwrap();
+    for volume in [&volume, &other] {
+        daemon.json(&["image", "create", "--boot-volume", volume.to_str().unwrap()]);
+    }
+    crate::lab::wait_for("parts of both", Duration::from_secs(30), || {
+        let uploads = oci.server.uploads(BUCKET);
+        (uploads.len() == 2 && uploads.iter().all(|upload| upload.parts.len() >= 3)).then_some(())
+    });
+    daemon.kill();
+
+    oci.server.clear_faults();
+    let delay = FaultKind::Delay(Duration::from_secs(5));
+    oci.server.add_fault(Fault::new("PUT", "", delay).part(1).times(2));
+    let mut config = oci.config(&tables);
+    config.lines = format!("max_captures = 1\n{}", config.lines);
+    let daemon = Daemon::start_in(dir.path(), &config);
+    let both = daemon.json(&["work-request", "list"])["data"].clone();
+    let both: Vec<_> = both.as_array().unwrap().iter().map(|r| r["id"].as_str().unwrap()).collect();
+    let has_begun = |request: &&&str| {
+        let got = daemon.json(&["work-request", "get", "--work-request-id", request]);
+        got["data"]["logs"].to_string().contains("goes on")
+    };
+    let request = crate::lab::wait_for("one of them to go on", Duration::from_secs(30), || {
+        both.iter().find(has_begun).copied()
+    });
+    let queued = both.iter().find(|id| **id != request).unwrap();
+    daemon.json(&["work-request", "cancel", "--work-request-id", queued]);
+    crate::lab::wait_for("the removal", Duration::from_secs(30), || {
+        (oci.server.uploads(BUCKET).len() == 1).then_some(())
+    });
+    let watched = daemon.imagectl(&["work-request", "watch", "--work-request-id", request]);
+    assert!(watched.status.success(), "{}", String::from_utf8_lossy(&watched.stderr));
+    let id = daemon.json(&["image", "list"])["data"][0]["id"].as_str().unwrap().to_owned();
+    oci.judge(&id, &volume);
+    assert_eq!(oci.keys(), [vec!["imaged-store.json".into()], of(&id)].concat());
+    assert!(oci.server.uploads(BUCKET).is_empty());
+}
+
 /// Uploads under faults.
 fn uploads() -> u64 {
     std::env::var("IMAGED_TEST_UPLOADS").map_or(20, |count| count.parse().unwrap())

@@ -51,14 +51,14 @@ pub fn wait_for<T>(what: &str, limit: Duration, mut done: impl FnMut() -> Option
     }
 }
 
-/// Processor time that a process has taken so far, user and system, in
-/// seconds.
+/// Processor time that a process, and its children that have ended, have
+/// taken so far, user and system, in seconds.
 pub fn cpu_seconds(pid: u32) -> f64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit(") ").next().unwrap().split(' ').collect();
     let ticks = |index: usize| fields[index].parse::<f64>().unwrap();
     // USER_HZ is 100 on every Linux that imaged runs on.
-    (ticks(11) + ticks(12)) / 100.0
+    (11..=14).map(ticks).sum::<f64>() / 100.0
 }
 
 /// An imaged with its own socket, state and store.
