@@ -53,6 +53,7 @@ fn main() {
     guest::running(&mut report);
     reader::read_limit(&volumes, &mut report);
     memory::resident_sets(&mut report);
+    memory::resident_set_of_an_upload(&mut report);
     report.write();
 }
 

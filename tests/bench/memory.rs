@@ -1,14 +1,18 @@
 //! How much memory a capture takes, whatever the volume's size.
 
-use std::{fs, os::unix::fs::FileExt, path::Path};
+use std::{fs, os::unix::fs::FileExt, path::Path, thread, time::Duration};
 
 use crate::{
     lab::{self, Config, Daemon, Mount, run},
     report::Report,
+    stores::oci_service,
     volumes,
+    weed::BUCKET,
 };
 
 const MIB: f64 = (1 << 20) as f64;
+/// What an object has when its parts become large.
+const FIRST_PARTS: u64 = 80_000_000_000;
 
 /// Resident sets of a fresh daemon after one capture each.
 pub fn resident_sets(report: &mut Report) {
@@ -34,6 +38,44 @@ pub fn resident_sets(report: &mut Report) {
         report.value("rss-dense-40g", whole / MIB, "MiB");
         report.value("rss-slope-20g-40g", (whole - half) / MIB / 20.0, "MiB/GB");
     }
+}
+
+/// Resident set of a fresh daemon while it stores an object in a bucket: until
+/// 80 GB are stored, and behind that, where the parts of a volume of 400 GB
+/// are large.
+pub fn resident_set_of_an_upload(report: &mut Report) {
+    let names = ["rss-upload-80gb", "rss-upload-beyond"];
+    if !names.iter().any(|name| report.wants(name)) {
+        return;
+    }
+    let xfs = Mount::new("xfs", 4 << 30);
+    let volume = xfs.at.path().join("dense.raw");
+    dense(&volume, FIRST_PARTS + (4 << 30));
+    fs::File::options().write(true).open(&volume).unwrap().set_len(400_000_000_000).unwrap();
+    let dir = tempfile::tempdir_in(lab::scratch()).unwrap();
+    let (server, _, table) = oci_service(dir.path(), |options| options.forgets_parts = true);
+    let dirs = xfs.at.path();
+    let lines = format!("boot_volume_dirs = [{dirs:?}]\nencode_threads = \"all\"\n{table}");
+    let daemon = Daemon::start(&Config { lines, ..Config::default() });
+    let stored = || -> u64 {
+        let uploads = server.uploads(BUCKET);
+        uploads.iter().flat_map(|upload| &upload.parts).map(|part| part.size).sum()
+    };
+    let early = thread::scope(|scope| {
+        let capture = scope.spawn(|| daemon.create(&volume, &["--compression", "none"]));
+        let mut early = 0;
+        while !capture.is_finished() {
+            // None: not begun yet, or done.
+            if (1..FIRST_PARTS).contains(&stored()) {
+                early = daemon.peak_memory();
+            }
+            thread::sleep(Duration::from_millis(250));
+        }
+        capture.join().unwrap();
+        early
+    });
+    report.value(names[0], early as f64 / MIB, "MiB");
+    report.value(names[1], daemon.peak_memory() as f64 / MIB, "MiB");
 }
 
 fn peak(volume: &Path) -> f64 {

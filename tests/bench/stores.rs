@@ -1,7 +1,13 @@
 //! Captures straight into a bucket, against the two steps that people use:
 //! a conversion to a local file and an upload.
 
-use std::{cell::RefCell, fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{
+    cell::RefCell,
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use crate::{
     check, cold,
@@ -94,6 +100,24 @@ pub fn s3(volumes: &Volumes, report: &mut Report) {
     stages.borrow().report(report, ours);
 }
 
+/// A server that speaks OCI's API, in this process, with what is peculiar to
+/// it; a profile for it, and the tables of a store in its bucket.
+pub fn oci_service(dir: &Path, change: impl FnOnce(&mut Options)) -> (OciServer, PathBuf, String) {
+    let key = ApiKey::generate();
+    let profile = key.write_profile(&dir.join("client"), "DEFAULT", "x-test-1").unwrap();
+    fs::set_permissions(&profile, fs::Permissions::from_mode(0o600)).unwrap();
+    let mut options = Options::new(dir.join("server"), vec![key.trusted()]);
+    change(&mut options);
+    let server = OciServer::start(options);
+    server.create_bucket(BUCKET);
+    let table = format!(
+        "default_store = \"far\"\n[stores.far]\nkind = \"oci\"\nendpoint = {:?}\n\
+         bucket = {BUCKET:?}\ncredentials = {profile:?}\n",
+        server.endpoint()
+    );
+    (server, profile, table)
+}
+
 /// Into a server that speaks OCI's API, in this process: against qemu-img and
 /// the official SDK's upload manager.
 pub fn oci(volumes: &Volumes, report: &mut Report) {
@@ -102,16 +126,8 @@ pub fn oci(volumes: &Volumes, report: &mut Report) {
     }
     let device = volumes.device("debian");
     let dir = tempfile::tempdir_in(lab::scratch()).unwrap();
-    let key = ApiKey::generate();
-    let profile = key.write_profile(&dir.path().join("client"), "DEFAULT", "x-test-1").unwrap();
-    fs::set_permissions(&profile, fs::Permissions::from_mode(0o600)).unwrap();
-    let server = OciServer::start(Options::new(dir.path().join("server"), vec![key.trusted()]));
-    server.create_bucket(BUCKET);
-    let daemon = daemon(&format!(
-        "default_store = \"far\"\n[stores.far]\nkind = \"oci\"\nendpoint = {:?}\n\
-         bucket = {BUCKET:?}\ncredentials = {profile:?}\n",
-        server.endpoint()
-    ));
+    let (server, profile, table) = oci_service(dir.path(), |_| {});
+    let daemon = daemon(&table);
     let manager = RefCell::new(UploadManager::start(&profile, &server.endpoint(), BUCKET));
     let [file, fetched] = [PEER, "fetched.qcow2"].map(|name| dir.path().join(name));
     let verify = |name: &str| {

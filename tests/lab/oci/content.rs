@@ -28,6 +28,15 @@ pub(super) struct Blob {
     pub len: u64,
 }
 
+impl Blob {
+    /// Makes all of it a hole.
+    pub fn forget(&self) {
+        let file = File::options().write(true).open(&self.path).unwrap();
+        file.set_len(0).unwrap();
+        file.set_len(self.len).unwrap();
+    }
+}
+
 impl Drop for Blob {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.path);

@@ -56,6 +56,9 @@ pub struct Options {
     pub min_part_size: u64,
     /// Whether GET of a pre-authenticated multipart URI lists the parts; OCI documents no such GET.
     pub par_can_list_parts: bool,
+    /// Parts read as zeroes once they were checked, and take no room: for uploads that are larger
+    /// than the disk.
+    pub forgets_parts: bool,
 }
 
 impl Options {
@@ -71,6 +74,7 @@ impl Options {
             page_size: 1000,
             min_part_size: 0,
             par_can_list_parts: false,
+            forgets_parts: false,
         }
     }
 }
@@ -150,6 +154,7 @@ struct Shared {
     clock_offset: AtomicI64,
     page_size: usize,
     min_part_size: u64,
+    forgets_parts: bool,
     par_can_list_parts: bool,
     state: Mutex<State>,
 }
@@ -211,6 +216,7 @@ impl OciServer {
             clock_offset: AtomicI64::new(options.clock_offset),
             page_size: options.page_size,
             min_part_size: options.min_part_size,
+            forgets_parts: options.forgets_parts,
             par_can_list_parts: options.par_can_list_parts,
             state: Mutex::default(),
         });

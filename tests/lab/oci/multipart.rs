@@ -120,6 +120,9 @@ pub(super) async fn store_part(
     };
     let path = shared.new_blob();
     let received = content::receive(upload, path, &head.headers, algorithm, signed_hash).await?;
+    if shared.forgets_parts {
+        received.blob.forget();
+    }
     let mut response = answer(200, Payload::empty());
     for (name, value) in received.checksum_headers("opc-content-md5") {
         set(&mut response, &name, &value);
