@@ -17,16 +17,17 @@ pub const MAX_PARTS: u32 = 10_000;
 /// 5 MiB.
 pub const SMALL: u64 = 10 * ByteSize::MIB;
 /// Least bytes of the parts after [`SMALL_PARTS`]: what lets the rest be
-/// [`LARGE`] when 80 GB are stored.
-const MEDIUM: u64 = 16 * ByteSize::MIB;
+/// [`LARGE`] when 80 GB are stored, and three of them fit in the 128 MiB that
+/// an image may take until then.
+const MEDIUM: u64 = 18 * ByteSize::MIB;
 /// Least bytes of the parts after [`MEDIUM_PARTS`], in a volume of up to 400
 /// GB. Three of these, one being filled and two on their way, are most of the
 /// 256 MiB that such an image may take.
-const LARGE: u64 = 64 * ByteSize::MIB;
+const LARGE: u64 = 58 * ByteSize::MIB;
 /// The last part that is [`SMALL`].
 const SMALL_PARTS: u32 = 1_024;
 /// The last part that is not [`LARGE`]: 80 GB are stored by then.
-const MEDIUM_PARTS: u32 = 5_153;
+const MEDIUM_PARTS: u32 = 4_694;
 
 /// Least size of each part of one object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,12 +88,12 @@ mod tests {
     fn parts_stay_small_while_they_can() {
         let sizes = |volume| {
             let plan = PartPlan::for_volume(ByteSize(volume));
-            [1, 1_024, 1_025, 5_153, 5_154, 10_000].map(|n| plan.size(n) / ByteSize::MIB)
+            [1, 1_024, 1_025, 4_694, 4_695, 10_000].map(|n| plan.size(n) / ByteSize::MIB)
         };
         assert_eq!(sizes(100 * GB), [10; 6]);
-        assert_eq!(sizes(400 * GB), [10, 10, 16, 16, 64, 64]);
-        assert_eq!(sizes(400 << 30), [10, 10, 16, 16, 69, 69]);
-        assert_eq!(sizes(1 << 40), [10, 10, 16, 16, 201, 201]);
+        assert_eq!(sizes(400 * GB), [10, 10, 18, 18, 58, 58]);
+        assert_eq!(sizes(400 << 30), [10, 10, 18, 18, 63, 63]);
+        assert_eq!(sizes(1 << 40), [10, 10, 18, 18, 184, 184]);
         let medium: u64 = (1..=MEDIUM_PARTS)
             .map(|number| PartPlan::for_volume(ByteSize(400 * GB)).size(number))
             .sum();
