@@ -124,7 +124,7 @@ fn root_s3_each_upload_through_a_bad_network_is_whole_or_absent() {
     let store = &daemon.json(&["store", "list"])["data"][0];
     let counted = |name: &str| store[name].as_u64().unwrap();
     assert!(counted("retried-requests") >= uploads(), "{store}");
-    assert_eq!(counted("failed-calls") > 0, !failed.is_empty(), "{store}");
+    assert!(failed.is_empty() || counted("failed-calls") > 0, "{store}");
 }
 
 fn fresh() -> u64 {
