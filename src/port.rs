@@ -47,6 +47,13 @@ pub trait Clock: Send + Sync + fmt::Debug {
 
 /// What runs the instances.
 pub trait Hypervisor: Send + Sync + fmt::Debug {
+    /// The instances that it tells of itself, beside those that have files.
+    /// Never fails: those that cannot be told of now are missing. Bounded to
+    /// a few seconds.
+    fn instances(&self) -> BoxFuture<'_, Vec<Instance>> {
+        Box::pin(async { Vec::new() })
+    }
+
     /// Whether `instance` runs. Never fails: what cannot be determined is
     /// [`PowerState::Unknown`]. Bounded to a few seconds.
     fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState>;

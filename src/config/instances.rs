@@ -20,7 +20,7 @@ use crate::{
     error::{Context, Error, Reason, Result},
     model::{
         CompartmentId, ImageId, InstanceId,
-        instance::{Freeze, Instance, OperatingSystem},
+        instance::{Freeze, Instance, Machine, OperatingSystem, Sockets},
     },
 };
 
@@ -153,8 +153,10 @@ pub fn parse(
         name: name.to_owned(),
         compartment_id: file.compartment.unwrap_or_else(|| compartment.clone()),
         boot_volume: file.boot_volume,
-        qmp_socket: file.qmp_socket,
-        agent_socket: file.agent_socket,
+        machine: Machine::Qemu(Sockets {
+            qmp_socket: file.qmp_socket,
+            agent_socket: file.agent_socket,
+        }),
         freeze: Freeze {
             limit: file.freeze_seconds.map(|FreezeSeconds(limit)| limit),
             hook: file.freeze_hook,
@@ -177,7 +179,10 @@ fn refuse_duplicates(instances: &mut Instances, dir: &Path) {
     let keys: [(&str, Key); 3] = [
         ("id", |instance| instance.id.to_string()),
         ("boot_volume", |instance| resolved(&instance.boot_volume)),
-        ("qmp_socket", |instance| resolved(&instance.qmp_socket)),
+        ("qmp_socket", |instance| match &instance.machine {
+            Machine::Qemu(sockets) => resolved(&sockets.qmp_socket),
+            Machine::Domain(domain) => domain.domain.clone(),
+        }),
     ];
     let file = |name: &str| dir.join(name).with_added_extension("toml");
     let mut refused: BTreeMap<String, Error> = BTreeMap::new();

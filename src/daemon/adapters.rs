@@ -7,7 +7,7 @@ use crate::{
     block::{self, HostVolumes, ReaderSettings},
     config::{Config, StoreConfig},
     error::{Context, Reason, Result},
-    hypervisor::QemuHost,
+    hypervisor::{Hosts, QemuHost},
     model::{host::Feature, instance::Instance},
     port::{BoxFuture, Clock, ObjectStore},
     store::{
@@ -45,7 +45,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let confinement = confinement(workers.clone()).await?;
     Ok(Parts {
         clock: Arc::clone(&clock),
-        hypervisor: Arc::new(QemuHost::new(config.scratch_dir)),
+        hypervisor: Arc::new(Hosts { qemu: QemuHost::new(config.scratch_dir) }),
         volumes: Arc::new(HostVolumes::new(allowed, reader).restoring_to(config.restore_dirs)),
         stores: stores.collect(),
         outlets,

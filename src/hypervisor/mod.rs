@@ -1,7 +1,8 @@
 //! What runs the instances of this host.
 //!
 //! ```text
-//! qemu      whether an instance runs
+//! hosts     who runs an instance
+//! qemu      whether a QEMU runs
 //! qmp       commands to QEMU          ┐ allow-lists, published
 //! agent     commands to the guest     ┘ in docs/qemu-commands.md
 //! live      snapshots of running instances, with both
@@ -10,6 +11,7 @@
 
 pub mod agent;
 mod allowed;
+mod hosts;
 mod keep;
 pub mod lines;
 mod live;
@@ -18,5 +20,6 @@ pub mod qmp;
 mod refusal;
 
 pub use allowed::Allowed;
+pub use hosts::Hosts;
 pub use qemu::QemuHost;
 pub use refusal::Refusal;

@@ -51,7 +51,12 @@ impl QemuHost {
 
 impl Hypervisor for QemuHost {
     fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState> {
-        Box::pin(probe(&instance.qmp_socket, PATIENCE))
+        Box::pin(async move {
+            match instance.machine.sockets() {
+                Some(sockets) => probe(&sockets.qmp_socket, PATIENCE).await,
+                None => PowerState::Unknown("it has no QMP socket of its own".into()),
+            }
+        })
     }
 
     fn prepare<'a>(

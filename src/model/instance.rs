@@ -2,23 +2,23 @@
 
 use std::{path::PathBuf, time::Duration};
 
+use serde::{Deserialize, Serialize};
+
 use super::{CompartmentId, ImageId, InstanceId};
 
-/// An instance as its file in `instances.d` describes it.
+/// An instance, as its file in `instances.d` or its hypervisor describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Instance {
     /// Given, or derived from the host's and the instance's name.
     pub id: InstanceId,
-    /// Name of the file without `.toml`; unique on the host.
+    /// Name of the file without `.toml`, or the domain's; unique on the host.
     pub name: String,
     /// Where it belongs, and its images unless asked otherwise.
     pub compartment_id: CompartmentId,
     /// The disk it boots from: a block device or a file.
     pub boot_volume: PathBuf,
-    /// QEMU's machine protocol socket.
-    pub qmp_socket: PathBuf,
-    /// The guest agent's socket, where the guest has an agent.
-    pub agent_socket: Option<PathBuf>,
+    /// What runs it.
+    pub machine: Machine,
     /// How it is frozen.
     pub freeze: Freeze,
     /// Image it was launched from.
@@ -29,6 +29,45 @@ pub struct Instance {
     pub systemd_unit: Option<String>,
     /// Its operating system, as its owner says.
     pub os: OperatingSystem,
+}
+
+/// What runs an instance, and how it is spoken to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Machine {
+    /// A QEMU process with sockets for imaged alone.
+    Qemu(Sockets),
+    /// A domain of libvirt's `qemu:///system`.
+    Domain(Domain),
+}
+
+impl Machine {
+    /// The sockets of a QEMU that is no domain.
+    #[must_use]
+    pub const fn sockets(&self) -> Option<&Sockets> {
+        match self {
+            Self::Qemu(sockets) => Some(sockets),
+            Self::Domain(_) => None,
+        }
+    }
+}
+
+/// Where a QEMU and its guest listen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Sockets {
+    /// QEMU's machine protocol.
+    pub qmp_socket: PathBuf,
+    /// The guest's agent, where it has one.
+    pub agent_socket: Option<PathBuf>,
+}
+
+/// A domain of libvirt.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Domain {
+    /// Its UUID, which it keeps when it is renamed.
+    pub domain: String,
 }
 
 /// How a guest is frozen.
@@ -43,7 +82,7 @@ pub struct Freeze {
 
 /// Name and version as OCI writes them (`Oracle Linux`, `7.2`). What nobody
 /// said is `UNKNOWN`.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OperatingSystem {
     /// The distribution.
@@ -63,9 +102,9 @@ impl Default for OperatingSystem {
 /// Whether the instance runs, as far as the host can see.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PowerState {
-    /// Something answers on its QMP socket.
+    /// It does.
     Running,
-    /// Nothing answers there.
+    /// It does not.
     Stopped,
     /// It could not be determined, and why.
     Unknown(String),

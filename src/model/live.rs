@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{ByteSize, image::Consistency};
+use super::{ByteSize, image::Consistency, instance::Machine};
 
 /// How the point in time of a running instance is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 pub enum Mode {
+    /// While it is shut down for it, as OCI does; it is started again at once.
+    Stop(Force),
     /// Inside a freeze of its filesystems, by its agent.
     Freeze,
     /// As [`Freeze`](Self::Freeze); where no agent answers, or the freeze is
@@ -19,6 +21,16 @@ pub enum Mode {
     Crash,
 }
 
+/// What is done to a guest that does not shut down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Force {
+    /// Nothing: there is no image.
+    No,
+    /// Its plug is pulled: the image is what that leaves.
+    PullThePlug,
+}
+
 /// What takes a snapshot back, whoever took it. In the journal before
 /// anything is done to the instance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,20 +38,60 @@ pub enum Mode {
 pub struct Undo {
     /// The instance's name, for messages.
     pub instance: String,
-    /// Where its QEMU listens.
-    pub qmp_socket: PathBuf,
-    /// Where its agent does.
-    pub agent_socket: Option<PathBuf>,
+    /// What runs it.
+    #[serde(flatten)]
+    pub machine: Machine,
+    /// What was added to it.
+    #[serde(flatten)]
+    pub snapshot: SnapshotUndo,
+    /// What may hold the guest.
+    #[serde(flatten)]
+    pub held: Held,
+}
+
+/// What may hold a guest: to be ended first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Held {
+    /// Its filesystems may be frozen.
+    pub frozen: bool,
+    /// It may be shut down, waiting to be started again, or be shutting down:
+    /// that may take it so many seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped: Option<u32>,
+}
+
+impl Held {
+    /// Nothing holds it.
+    pub const NOT: Self = Self { frozen: false, stopped: None };
+
+    /// Whether anything may.
+    #[must_use]
+    pub fn is_held(self) -> bool {
+        self != Self::NOT
+    }
+}
+
+/// What a snapshot has added to what runs the instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum SnapshotUndo {
+    /// A copy-before-write filter in QEMU.
+    Filter(Filter),
+}
+
+/// A copy-before-write filter in QEMU, with all that belongs to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Filter {
     /// In the names of everything that was added to QEMU.
     pub tag: String,
-    /// The disk that was given a filter, in QEMU's words.
+    /// The disk that was given the filter, in QEMU's words.
     pub device: String,
     /// The node that it had before.
     pub node: String,
     /// Directory of the scratch file and the socket, both worthless.
     pub dir: PathBuf,
-    /// The guest may be frozen.
-    pub frozen: bool,
 }
 
 /// A point in time that was taken.

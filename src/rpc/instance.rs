@@ -24,7 +24,7 @@ impl InstanceService for Instances {
         request: Request<pb::ListInstancesRequest>,
     ) -> Result<Response<pb::ListInstancesResponse>, Status> {
         let compartment = &request.get_ref().compartment_id;
-        let mut wanted: Vec<_> = self.work.instances().to_vec();
+        let mut wanted = self.work.instances().await;
         wanted.retain(|instance| {
             compartment.is_empty() || compartment == instance.compartment_id.as_str()
         });
@@ -46,8 +46,8 @@ impl InstanceService for Instances {
         request: Request<pb::GetInstanceRequest>,
     ) -> Result<Response<pb::Instance>, Status> {
         let wanted = &request.get_ref().instance_id;
-        let instance = self.work.instance(wanted).map_err(status::from)?;
-        let power = self.work.power_state(instance).await;
-        Ok(Response::new(convert::instance(instance, power)))
+        let instance = self.work.instance(wanted).await.map_err(status::from)?;
+        let power = self.work.power_state(&instance).await;
+        Ok(Response::new(convert::instance(&instance, power)))
     }
 }

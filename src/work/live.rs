@@ -13,7 +13,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         ByteSize,
-        live::{PointInTime, Undo},
+        live::{Held, PointInTime, Undo},
         work_request::Phase,
     },
     port::{HeldVolume, LiveSnapshot, Pace, Prepared},
@@ -37,7 +37,7 @@ impl Live {
         tracker.owe(Some(undo.clone())).await?;
         tracker.phase(Phase::Snapshot).await?;
         let snapshot = prepared.take().await?;
-        tracker.owe(Some(Undo { frozen: false, ..undo })).await?;
+        tracker.owe(Some(Undo { held: Held::NOT, ..undo })).await?;
         tracker.log(told(snapshot.point()));
         Ok(Self::new(snapshot))
     }

@@ -193,12 +193,15 @@ impl Work {
             tracing::error!(work_request = %request.id, "{error:?}");
             Vec::new()
         });
-        let instance = resume.instance.as_deref().and_then(|name| self.instance(name).ok());
+        let instance = match &resume.instance {
+            Some(name) => self.instance(name).await.ok(),
+            None => None,
+        };
         let interrupted =
             resume::Interrupted { resume: *resume.clone(), undo: request.undo.clone(), parts };
         let capture = capture::Capture {
             image: interrupted.image(),
-            instance: instance.cloned(),
+            instance,
             mode: Mode::Crash,
             interrupted: Some(interrupted),
         };
@@ -246,10 +249,12 @@ impl Work {
         Ok(Listed { images, silent })
     }
 
-    /// The instances of this host.
-    #[must_use]
-    pub fn instances(&self) -> &[Instance] {
-        &self.0.settings.instances
+    /// The instances of this host: those of its files, and those that its
+    /// hypervisor tells of. Bounded to some seconds.
+    pub async fn instances(&self) -> Vec<Instance> {
+        let mut instances = self.0.settings.instances.clone();
+        instances.extend(self.0.ports.hypervisor.instances().await);
+        instances
     }
 
     /// The instance with this OCID or name.
@@ -257,14 +262,18 @@ impl Work {
     /// # Errors
     ///
     /// `INSTANCE_NOT_FOUND`.
-    pub fn instance(&self, id_or_name: &str) -> Result<&Instance> {
-        let matches = |instance: &&Instance| {
-            instance.name == id_or_name || instance.id.as_str() == id_or_name
-        };
-        self.instances().iter().find(matches).ok_or_else(|| {
+    pub async fn instance(&self, id_or_name: &str) -> Result<Instance> {
+        let matches =
+            |instance: &Instance| instance.name == id_or_name || instance.id.as_str() == id_or_name;
+        // A file says it at once.
+        let told = self.0.settings.instances.iter().find(|instance| matches(instance));
+        if let Some(instance) = told {
+            return Ok(instance.clone());
+        }
+        self.0.ports.hypervisor.instances().await.into_iter().find(matches).ok_or_else(|| {
             let context = format!("there is no instance {id_or_name:?} on this host");
             Error::new(Reason::InstanceNotFound, context)
-                .advice("`imagectl instance list` shows the instances that imaged was told of")
+                .advice("`imagectl instance list` shows the instances that imaged knows of")
                 .field("instance_id")
         })
     }

@@ -51,7 +51,7 @@ impl Work {
             return Ok((self.image_of(&known).await?, known));
         }
         check_name(wanted.display_name.as_deref())?;
-        let (origin, instance) = self.origin(&wanted)?;
+        let (origin, instance) = self.origin(&wanted).await?;
         let now = self.0.ports.clock.now();
         let id = ImageId::generate(now, self.0.ports.clock.random());
         let compartment_id = wanted
@@ -276,7 +276,7 @@ impl Work {
         if let Some(known) = self.0.known(retry.as_ref())? {
             return Ok(known);
         }
-        let instance = self.instance(&instance)?.clone();
+        let instance = self.instance(&instance).await?;
         let related =
             |entity_type, identifier| Resource { action: Action::Related, entity_type, identifier };
         let resources = vec![
@@ -304,9 +304,9 @@ impl Work {
     }
 
     /// What is settled about the image, and its instance.
-    fn origin(&self, wanted: &CreateImage) -> Result<(Origin, Option<Instance>)> {
+    async fn origin(&self, wanted: &CreateImage) -> Result<(Origin, Option<Instance>)> {
         let instance = match &wanted.source {
-            Source::Instance(id) => Some(self.instance(id)?.clone()),
+            Source::Instance(id) => Some(self.instance(id).await?),
             Source::BootVolume(_) => None,
         };
         let source_volume = match (&wanted.source, &instance) {

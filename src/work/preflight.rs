@@ -47,7 +47,7 @@ impl Work {
                     let context =
                         format!("it is unknown whether instance {:?} runs", instance.name);
                     return Err(Error::new(Reason::InstanceRunning, context).because(why).advice(
-                        "check `qmp_socket` in the instance's file; imaged never guesses",
+                        "check that what runs it answers, and `qmp_socket` in the instance's file; imaged never guesses",
                     ));
                 }
             }

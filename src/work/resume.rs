@@ -30,9 +30,9 @@ const AGAIN: Duration = Duration::from_secs(5);
 
 /// Whether `request`, of a daemon that has ended, can be gone on with.
 pub(super) fn resumable(request: &WorkRequest) -> bool {
-    let frozen = request.undo.as_ref().is_some_and(|undo| undo.frozen);
+    let held = request.undo.as_ref().is_some_and(|undo| undo.held.is_held());
     request.resume.is_some()
-        && !frozen
+        && !held
         && matches!(request.status, Status::Accepted | Status::InProgress)
 }
 

@@ -16,6 +16,7 @@ use super::{
     iothread,
     names::Names,
     snapshot::Ready,
+    undo::sockets,
     within,
 };
 use crate::{
@@ -27,7 +28,7 @@ use crate::{
     model::{
         ByteSize,
         instance::Instance,
-        live::{Mode, Undo},
+        live::{Filter, Held, Mode, SnapshotUndo, Undo},
     },
     port::SnapshotOrder,
     recorder::Recorder,
@@ -52,10 +53,11 @@ pub async fn prepare(
     recorder: Arc<Recorder>,
 ) -> Result<Ready> {
     let names = Names::of(&tag)?;
-    let qmp = Qmp::connect(&instance.qmp_socket, Arc::clone(&recorder), within(COMMAND)).await?;
+    let sockets = sockets(&instance.machine, &instance.name)?;
+    let qmp = Qmp::connect(&sockets.qmp_socket, Arc::clone(&recorder), within(COMMAND)).await?;
     let disk = look(&qmp, instance).await?;
-    let freezer = match (order.mode, &instance.agent_socket) {
-        (Mode::Crash, _) | (Mode::FreezeOrCrash, None) => None,
+    let freezer = match (order.mode, &sockets.agent_socket) {
+        (Mode::Stop(_) | Mode::Crash, _) | (Mode::FreezeOrCrash, None) => None,
         (Mode::Freeze, Some(socket)) => Some(freezer(instance, socket, &recorder).await?),
         (Mode::FreezeOrCrash, Some(socket)) => match freezer(instance, socket, &recorder).await {
             Ok(freezer) => Some(freezer),
@@ -74,18 +76,15 @@ pub async fn prepare(
     let owner = owner(qmp.process());
     let dir = scratch_dir.join(&tag);
     room(scratch_dir.to_owned(), order.scratch).await?;
+    let filter = Filter { tag, device: disk.device.to_string(), node: disk.node.to_string(), dir };
     let undo = Undo {
         instance: instance.name.clone(),
-        qmp_socket: instance.qmp_socket.clone(),
-        agent_socket: instance.agent_socket.clone(),
-        tag,
-        device: disk.device.to_string(),
-        node: disk.node.to_string(),
-        dir,
-        frozen: freezer.is_some(),
+        machine: instance.machine.clone(),
+        snapshot: SnapshotUndo::Filter(filter.clone()),
+        held: Held { frozen: freezer.is_some(), ..Held::NOT },
     };
     let volume = instance.boot_volume.clone();
-    Ok(Ready { qmp, freezer, disk, names, undo, owner, volume, order, recorder })
+    Ok(Ready { qmp, freezer, disk, names, undo, filter, owner, volume, order, recorder })
 }
 
 async fn freezer(instance: &Instance, socket: &Path, recorder: &Arc<Recorder>) -> Result<Freezer> {

@@ -18,7 +18,7 @@ use super::{
     find::BootDisk,
     freeze::{Freezer, Frozen, nothing_frozen},
     names::Names,
-    undo::{clean, take_out},
+    undo::{clean, sockets, take_out},
     within,
 };
 use crate::{
@@ -31,7 +31,7 @@ use crate::{
     model::{
         ByteSize,
         image::Consistency,
-        live::{LiveSource, Mode, PointInTime, Undo},
+        live::{Filter, LiveSource, Mode, PointInTime, SnapshotUndo, Undo},
         upload::ResumeSource,
     },
     port::{BoxFuture, DiskWork, LiveSnapshot, Prepared, SnapshotOrder},
@@ -62,6 +62,7 @@ pub struct Ready {
     pub(super) disk: BootDisk,
     pub(super) names: Names,
     pub(super) undo: Undo,
+    pub(super) filter: Filter,
     pub(super) owner: Option<(Uid, Gid)>,
     pub(super) volume: PathBuf,
     pub(super) order: SnapshotOrder,
@@ -108,37 +109,37 @@ impl Ready {
             },
         };
         self.show().await?;
-        let Self { qmp, disk, names, undo, volume, order, .. } = self;
+        let Self { qmp, disk, names, undo, filter, volume, order, .. } = self;
         let source = LiveSource {
             size: disk.size,
             volume,
             process: qmp.process(),
             raw: disk.raw,
-            socket: undo.dir.join(SOCKET_FILE),
+            socket: filter.dir.join(SOCKET_FILE),
             snapshot: names.snapshot.to_string(),
             scratch: names.saved.to_string(),
             live: names.live.to_string(),
         };
         let events = tokio::sync::Mutex::new(events);
-        Ok(Taken { qmp, events, undo, point, source, limit: order.scratch, scratch })
+        Ok(Taken { qmp, events, undo, filter, point, source, limit: order.scratch, scratch })
     }
 
     /// What takes the guest's overwritten bytes, and the server that will
     /// show them. The guest notices nothing.
     async fn add_scratch(&self) -> Result<File> {
-        let (dir, size, owner) = (self.undo.dir.clone(), self.disk.size.get(), self.owner);
+        let (dir, size, owner) = (self.filter.dir.clone(), self.disk.size.get(), self.owner);
         // Whole sectors, as QEMU counts.
         let limit = self.order.scratch.get() / 512 * 512;
         let made = tokio::task::spawn_blocking(move || make_scratch(&dir, size, limit, owner));
         let made = made.await.map_err(io::Error::other).flatten();
         let made = made.context(Reason::Internal, || {
-            format!("no scratch file can be made in {}", self.undo.dir.display())
+            format!("no scratch file can be made in {}", self.filter.dir.display())
         })?;
-        let odd = || format!("QEMU cannot be told of {}", self.undo.dir.display());
+        let odd = || format!("QEMU cannot be told of {}", self.filter.dir.display());
         let file =
-            FilePath::new(&self.undo.dir.join(SCRATCH_FILE)).context(Reason::Internal, odd)?;
+            FilePath::new(&self.filter.dir.join(SCRATCH_FILE)).context(Reason::Internal, odd)?;
         let socket =
-            SocketPath::new(&self.undo.dir.join(SOCKET_FILE)).context(Reason::Internal, odd)?;
+            SocketPath::new(&self.filter.dir.join(SOCKET_FILE)).context(Reason::Internal, odd)?;
         let Names { scratch, bound, overlay, .. } = self.names.clone();
         self.execute(Command::add_scratch(scratch.clone(), file)).await?;
         self.execute(Command::add_bound(bound.clone(), scratch, limit)).await?;
@@ -197,24 +198,26 @@ pub async fn regain(
             .advice("ask for the image again, with a new retry token")
     };
     let ResumeSource::Live { point, source, scratch } = source else { return Err(gone()) };
-    let qmp = match Qmp::connect(&undo.qmp_socket, recorder, within(COMMAND)).await {
+    let sockets = sockets(&undo.machine, &undo.instance)?;
+    let SnapshotUndo::Filter(filter) = &undo.snapshot;
+    let qmp = match Qmp::connect(&sockets.qmp_socket, recorder, within(COMMAND)).await {
         Err(error) if error.reason() == Reason::HypervisorGone => return Err(gone().because(error)),
         connected => connected?,
     };
-    let names = Names::of(&undo.tag)?;
+    let names = Names::of(&filter.tag)?;
     let exports = qmp.execute(Command::query_exports(), within(COMMAND)).await?;
     if !exports.iter().any(|export| export.id == names.snapshot.as_str()) {
         return Err(gone());
     }
     // Failures to keep it that nobody was told of are told to who opens it.
-    let file = undo.dir.join(SCRATCH_FILE);
+    let file = filter.dir.join(SCRATCH_FILE);
     let file = tokio::task::spawn_blocking(move || fs::OpenOptions::new().write(true).open(file));
     let file = file.await.map_err(io::Error::other).flatten();
     let file = file.map_err(|cause| gone().because(cause))?;
     let events = tokio::sync::Mutex::new(qmp.events());
     let source = LiveSource { process: qmp.process(), ..source.clone() };
-    let (undo, point, limit) = (undo.clone(), *point, *scratch);
-    Ok(Box::new(Taken { qmp, events, undo, point, source, limit, scratch: file }))
+    let (undo, filter, point, limit) = (undo.clone(), filter.clone(), *point, *scratch);
+    Ok(Box::new(Taken { qmp, events, undo, filter, point, source, limit, scratch: file }))
 }
 
 /// A point in time that no freeze protects.
@@ -280,6 +283,7 @@ struct Taken {
     qmp: Qmp,
     events: tokio::sync::Mutex<Events>,
     undo: Undo,
+    filter: Filter,
     point: PointInTime,
     source: LiveSource,
     limit: ByteSize,
@@ -299,7 +303,7 @@ impl LiveSnapshot for Taken {
         Box::pin(async move {
             let disks = self.qmp.execute(Command::query_statistics(), within(COMMAND)).await?;
             let is_it = |disk: &&DeviceStatistics| {
-                disk.qdev.as_ref().is_some_and(|qdev| qdev.as_str() == self.undo.device)
+                disk.qdev.as_ref().is_some_and(|qdev| qdev.as_str() == self.filter.device)
             };
             let stats = disks.iter().find(is_it).map(|disk| disk.stats).unwrap_or_default();
             let nanos = stats.rd_total_time_ns + stats.wr_total_time_ns + stats.flush_total_time_ns;
@@ -313,8 +317,8 @@ impl LiveSnapshot for Taken {
 
     fn scratch(&self) -> BoxFuture<'_, Result<ByteSize>> {
         Box::pin(async move {
-            used(&self.undo.dir).await.context(Reason::Internal, || {
-                format!("the scratch file in {} cannot be measured", self.undo.dir.display())
+            used(&self.filter.dir).await.context(Reason::Internal, || {
+                format!("the scratch file in {} cannot be measured", self.filter.dir.display())
             })
         })
     }
@@ -331,12 +335,12 @@ impl LiveSnapshot for Taken {
 
     fn release(self: Box<Self>) -> BoxFuture<'static, Result<ByteSize>> {
         Box::pin(async move {
-            let scratch = used(&self.undo.dir).await.unwrap_or_default();
-            let taken = take_out(&self.qmp, &self.undo).await;
+            let scratch = used(&self.filter.dir).await.unwrap_or_default();
+            let taken = take_out(&self.qmp, &self.undo.instance, &self.filter).await;
             self.qmp.close().await;
             taken?;
             let kept = kept(self.scratch).await;
-            clean(&self.undo).await?;
+            clean(&self.filter.dir).await?;
             kept?;
             Ok(scratch)
         })
@@ -348,7 +352,7 @@ impl Taken {
     async fn overflow(&self) -> Error {
         loop {
             sleep(LOOK).await;
-            let Ok(used) = used(&self.undo.dir).await else { continue };
+            let Ok(used) = used(&self.filter.dir).await else { continue };
             if used.get() + LEFT > self.limit.get() {
                 let context = format!(
                     "what the guest overwrote fills the {} of scratch that one image may take",

@@ -11,7 +11,10 @@ use crate::{
         agent::{Agent, FreezeStatus},
         qmp::{Command, Done, ExportId, NodeName, NodeRef, Qmp, Switch},
     },
-    model::live::Undo,
+    model::{
+        instance::{Machine, Sockets},
+        live::{Filter, SnapshotUndo, Undo},
+    },
     recorder::Recorder,
 };
 
@@ -25,29 +28,43 @@ const LOOK: Duration = Duration::from_millis(5);
 ///
 /// Those of [`Qmp`] and [`Agent`]; it can be tried again.
 pub async fn undo(undo: &Undo, recorder: Arc<Recorder>) -> Result<()> {
+    let sockets = sockets(&undo.machine, &undo.instance)?;
+    let SnapshotUndo::Filter(filter) = &undo.snapshot;
     // What holds the guest first. A guest that does not answer is no reason
     // to leave the rest.
-    let thawed = match undo.frozen {
-        true => thaw(undo, &recorder).await,
+    let thawed = match undo.held.frozen {
+        true => thaw(&undo.instance, sockets, &recorder).await,
         false => Ok(()),
     };
-    match Qmp::connect(&undo.qmp_socket, recorder, within(COMMAND)).await {
+    match Qmp::connect(&sockets.qmp_socket, recorder, within(COMMAND)).await {
         Ok(qmp) => {
-            let taken = take_out(&qmp, undo).await;
+            let taken = take_out(&qmp, &undo.instance, filter).await;
             qmp.close().await;
             taken?;
         }
         Err(error) if error.reason() == Reason::HypervisorGone => {}
         Err(error) => return Err(error),
     }
-    clean(undo).await?;
+    clean(&filter.dir).await?;
     thawed
 }
 
-async fn thaw(undo: &Undo, recorder: &Arc<Recorder>) -> Result<()> {
-    let Some(socket) = &undo.agent_socket else { return Ok(()) };
+/// Where what runs the instance listens.
+///
+/// # Errors
+///
+/// `INTERNAL`: it is another hypervisor's.
+pub(super) fn sockets<'a>(machine: &'a Machine, instance: &str) -> Result<&'a Sockets> {
+    machine.sockets().ok_or_else(|| {
+        let context = format!("instance {instance:?} has no QEMU of its own to be asked");
+        Error::new(Reason::Internal, context)
+    })
+}
+
+async fn thaw(instance: &str, sockets: &Sockets, recorder: &Arc<Recorder>) -> Result<()> {
+    let Some(socket) = &sockets.agent_socket else { return Ok(()) };
     // Without QEMU nobody listens, and nothing is frozen.
-    let reached = Qmp::connect(&undo.qmp_socket, Arc::clone(recorder), within(COMMAND)).await;
+    let reached = Qmp::connect(&sockets.qmp_socket, Arc::clone(recorder), within(COMMAND)).await;
     match reached {
         Ok(qmp) => qmp.close().await,
         Err(error) if error.reason() == Reason::HypervisorGone => return Ok(()),
@@ -56,14 +73,14 @@ async fn thaw(undo: &Undo, recorder: &Arc<Recorder>) -> Result<()> {
     let agent = Agent::connect(socket, Arc::clone(recorder), within(COMMAND)).await?;
     if agent.freeze_status(within(COMMAND)).await? == FreezeStatus::Frozen {
         let count = freeze::thaw(&agent, recorder).await?;
-        tracing::warn!(instance = undo.instance, count, "thawed a guest that was left frozen");
+        tracing::warn!(instance, count, "thawed a guest that was left frozen");
     }
     Ok(())
 }
 
 /// Takes out of QEMU what was put in, in the one order that works.
-pub(super) async fn take_out(qmp: &Qmp, undo: &Undo) -> Result<()> {
-    let names = Names::of(&undo.tag)?;
+pub(super) async fn take_out(qmp: &Qmp, instance: &str, filter: &Filter) -> Result<()> {
+    let names = Names::of(&filter.tag)?;
     end_exports(qmp, &names).await?;
     let nodes = qmp.execute(Command::query_nodes(), within(COMMAND)).await?;
     let is_there = |name: &NodeName| {
@@ -83,7 +100,7 @@ pub(super) async fn take_out(qmp: &Qmp, undo: &Undo) -> Result<()> {
     };
     remove(&names.access).await?;
     if is_there(&names.filter) {
-        switch_back(qmp, undo, &names).await?;
+        switch_back(qmp, instance, filter, &names).await?;
     }
     for name in [&names.filter, &names.overlay, &names.bound, &names.scratch] {
         remove(name).await?;
@@ -115,11 +132,10 @@ async fn end_exports(qmp: &Qmp, names: &Names) -> Result<()> {
     }
 }
 
-async fn switch_back(qmp: &Qmp, undo: &Undo, names: &Names) -> Result<()> {
-    let odd =
-        || format!("the journal's words for the disk of instance {:?} are odd", undo.instance);
-    let device = undo.device.parse().context(Reason::Internal, odd)?;
-    let node = undo.node.parse().context(Reason::Internal, odd)?;
+async fn switch_back(qmp: &Qmp, instance: &str, ours: &Filter, names: &Names) -> Result<()> {
+    let odd = || format!("the journal's words for the disk of instance {instance:?} are odd");
+    let device = ours.device.parse().context(Reason::Internal, odd)?;
+    let node = ours.node.parse().context(Reason::Internal, odd)?;
     let filter = NodeRef::from(&names.filter);
     match qmp.switch_drive(&device, &filter, &node, within(COMMAND)).await {
         Ok(Switch::Switched | Switch::AlreadyThere) => Ok(()),
@@ -128,11 +144,11 @@ async fn switch_back(qmp: &Qmp, undo: &Undo, names: &Names) -> Result<()> {
 }
 
 /// Removes the scratch file and the socket.
-pub(super) async fn clean(undo: &Undo) -> Result<()> {
-    let dir = undo.dir.clone();
-    let removed = tokio::task::spawn_blocking(move || remove(&dir)).await;
+pub(super) async fn clean(dir: &Path) -> Result<()> {
+    let of = dir.to_owned();
+    let removed = tokio::task::spawn_blocking(move || remove(&of)).await;
     let removed = removed.unwrap_or_else(|panic| Err(io::Error::other(panic)));
-    removed.context(Reason::Internal, || format!("{} cannot be removed", undo.dir.display()))
+    removed.context(Reason::Internal, || format!("{} cannot be removed", dir.display()))
 }
 
 fn remove(dir: &Path) -> io::Result<()> {
