@@ -107,6 +107,8 @@ reasons! {
     VolumeHeld = "VOLUME_HELD": Busy,
     /// Something stands against a snapshot of the instance.
     SnapshotRefused = "SNAPSHOT_REFUSED": Busy,
+    /// The guest does not shut down.
+    ShutdownRefused = "SHUTDOWN_REFUSED": Guest,
     /// A work request holds the instance or volume.
     SourceLocked = "SOURCE_LOCKED": Busy,
     /// A work request holds the image.

@@ -8,6 +8,7 @@ use imaged::{
     config::{self, Config},
     daemon,
     error::{Context, Error, Reason, Result},
+    hypervisor::guard,
     worker::{self, Attempt, Workers},
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -42,12 +43,17 @@ enum Command {
     /// Decodes images for the daemon that starts it
     #[command(hide = true)]
     Worker,
+    /// Lets a guest go when the daemon that holds it dies
+    #[command(hide = true)]
+    Guard,
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    if let Some(Command::Worker) = arguments.command {
-        return worker::child::main();
+    match arguments.command {
+        Some(Command::Worker) => return worker::child::main(),
+        Some(Command::Guard) => return guard::main(),
+        None => {}
     }
     if arguments.check_confinement {
         return check_confinement();

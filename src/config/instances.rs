@@ -57,11 +57,14 @@ struct InstanceFile {
     #[serde(default, deserialize_with = "absolute_if_any")]
     agent_socket: Option<PathBuf>,
     /// Longest freeze, 1 to 300 seconds. Default: 30, of Windows 8.
-    freeze_seconds: Option<FreezeSeconds>,
+    freeze_seconds: Option<Seconds<300>>,
     /// Whether the guest's agent runs a freeze hook (`qemu-ga -F`) that
     /// freezes its applications. Default: no.
     #[serde(default)]
     freeze_hook: bool,
+    /// How long its guest may take to shut down, 1 to 1200 seconds, asked by
+    /// its agent and again by its power button. Default: 180.
+    shutdown_seconds: Option<Seconds<1200>>,
     /// OCID of the image that the instance was launched from.
     base_image_id: Option<ImageId>,
     /// OCI shape.
@@ -74,19 +77,24 @@ struct InstanceFile {
     operating_system_version: Option<String>,
 }
 
+/// 1 to `MAX` seconds.
 #[derive(Debug, Deserialize)]
 #[serde(try_from = "u64")]
-struct FreezeSeconds(Duration);
+struct Seconds<const MAX: u32>(u32);
 
-impl TryFrom<u64> for FreezeSeconds {
-    type Error = &'static str;
+impl<const MAX: u32> TryFrom<u64> for Seconds<MAX> {
+    type Error = String;
     fn try_from(seconds: u64) -> std::result::Result<Self, Self::Error> {
-        match seconds {
-            1..=300 => Ok(Self(Duration::from_secs(seconds))),
-            _ => Err("a freeze takes 1 to 300 seconds"),
+        match u32::try_from(seconds) {
+            Ok(seconds) if (1..=MAX).contains(&seconds) => Ok(Self(seconds)),
+            _ => Err(format!("it may take 1 to {MAX} seconds")),
         }
     }
 }
+
+/// More than a systemd takes that ends a service by force
+/// (`DefaultTimeoutStopSec`, 90 s).
+const SHUTDOWN_SECONDS: u32 = 180;
 
 /// Reads every `*.toml` in `dir`. A directory that is missing has no
 /// instances. Blocks.
@@ -158,9 +166,10 @@ pub fn parse(
             agent_socket: file.agent_socket,
         }),
         freeze: Freeze {
-            limit: file.freeze_seconds.map(|FreezeSeconds(limit)| limit),
+            limit: file.freeze_seconds.map(|Seconds(limit)| Duration::from_secs(limit.into())),
             hook: file.freeze_hook,
         },
+        shutdown_seconds: file.shutdown_seconds.map_or(SHUTDOWN_SECONDS, |Seconds(limit)| limit),
         base_image_id: file.base_image_id,
         shape: file.shape,
         systemd_unit: file.systemd_unit,
@@ -264,7 +273,7 @@ mod tests {
         /etc/imaged/instances.d/web-3.toml, line 1: missing key `boot_volume`
         /etc/imaged/instances.d/web-3.toml, line 2: qmp_socket: "b" is not an absolute path
         /etc/imaged/instances.d/web-3.toml, line 3: id: '/' is not among the letters, digits, '.', '-' and '_' that an identifier is made of
-        /etc/imaged/instances.d/web-3.toml, line 4: password: unknown key, expected one of `id`, `compartment`, `boot_volume`, `qmp_socket`, `agent_socket`, `freeze_seconds`, `freeze_hook`, `base_image_id`, `shape`, `systemd_unit`, `operating_system`, `operating_system_version`
+        /etc/imaged/instances.d/web-3.toml, line 4: password: unknown key, expected one of `id`, `compartment`, `boot_volume`, `qmp_socket`, `agent_socket`, `freeze_seconds`, `freeze_hook`, `shutdown_seconds`, `base_image_id`, `shape`, `systemd_unit`, `operating_system`, `operating_system_version`
         /etc/imaged/instances.d/web-3.toml, line 3: agent_socket: invalid type: integer `3`, expected a path
         "#);
     }

@@ -347,9 +347,14 @@ pub(super) struct ImageCreate {
     /// How the point in time of a running instance is taken: inside a freeze
     /// of its filesystems by its agent, or at any moment, as after a power
     /// failure [default: freeze]. With freeze-or-crash a guest that cannot be
-    /// frozen, or does not stay so, makes a crash-consistent image.
+    /// frozen, or does not stay so, makes a crash-consistent image. With stop
+    /// it is shut down and started again at once.
     #[arg(long, value_enum, ignore_case = true, value_name = "MODE")]
     pub consistency: Option<Consistency>,
+    /// With --consistency stop: pull the plug of a guest that does not shut
+    /// down. The image is crash consistent then.
+    #[arg(long, requires = "consistency")]
+    pub force_stop: bool,
     /// Make no image: do to the running instance what making one does, watch
     /// it for a minute, and tell what an image would cost.
     #[arg(long, requires = "instance_id", conflicts_with_all = [
@@ -587,6 +592,7 @@ api_words!(
     Freeze => Freeze,
     FreezeOrCrash => FreezeOrCrash,
     Crash => Crash,
+    Stop => Stop,
     }
 );
 

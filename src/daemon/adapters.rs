@@ -45,7 +45,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let confinement = confinement(workers.clone()).await?;
     Ok(Parts {
         clock: Arc::clone(&clock),
-        hypervisor: Arc::new(Hosts { qemu: QemuHost::new(config.scratch_dir) }),
+        hypervisor: Arc::new(Hosts { qemu: QemuHost::new(config.scratch_dir, Arc::default()) }),
         volumes: Arc::new(HostVolumes::new(allowed, reader).restoring_to(config.restore_dirs)),
         stores: stores.collect(),
         outlets,

@@ -6,11 +6,13 @@
 //! qmp       commands to QEMU          ┐ allow-lists, published
 //! agent     commands to the guest     ┘ in docs/qemu-commands.md
 //! live      snapshots of running instances, with both
+//! guard     lets guests go when imaged cannot
 //! keep      what of it may be recorded
 //! ```
 
 pub mod agent;
 mod allowed;
+pub mod guard;
 mod hosts;
 mod keep;
 pub mod lines;

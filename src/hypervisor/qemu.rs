@@ -11,6 +11,7 @@ use std::{
 use tokio::time::timeout;
 
 use super::{
+    guard::Guards,
     live,
     qmp::{self, NoGreeting},
 };
@@ -38,14 +39,15 @@ const PATIENCE: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub struct QemuHost {
     scratch_dir: PathBuf,
+    guards: Arc<Guards>,
 }
 
 impl QemuHost {
     /// What running instances overwrite while they are imaged goes to
-    /// `scratch_dir`.
+    /// `scratch_dir`; `guards` watch over those that are held.
     #[must_use]
-    pub fn new(scratch_dir: PathBuf) -> Self {
-        Self { scratch_dir }
+    pub fn new(scratch_dir: PathBuf, guards: Arc<Guards>) -> Self {
+        Self { scratch_dir, guards }
     }
 }
 
@@ -69,7 +71,9 @@ impl Hypervisor for QemuHost {
             let random = getrandom::u64()
                 .context(Reason::Internal, || "the kernel gives no random numbers")?;
             let tag = format!("{:012x}", random >> 16);
-            let ready = live::prepare(instance, order, &self.scratch_dir, tag, recorder).await?;
+            let guards = Arc::clone(&self.guards);
+            let ready =
+                live::prepare(instance, order, &self.scratch_dir, tag, guards, recorder).await?;
             Ok(Box::new(ready) as Box<dyn Prepared>)
         })
     }
@@ -84,7 +88,11 @@ impl Hypervisor for QemuHost {
     }
 
     fn undo<'a>(&'a self, undo: &'a Undo, recorder: Arc<Recorder>) -> BoxFuture<'a, Result<()>> {
-        Box::pin(live::undo(undo, recorder))
+        Box::pin(async move {
+            live::undo(undo, recorder).await?;
+            self.guards.lift(undo).await;
+            Ok(())
+        })
     }
 }
 

@@ -21,6 +21,8 @@ pub struct Instance {
     pub machine: Machine,
     /// How it is frozen.
     pub freeze: Freeze,
+    /// How long its guest may take to shut down.
+    pub shutdown_seconds: u32,
     /// Image it was launched from.
     pub base_image_id: Option<ImageId>,
     /// OCI shape, e.g. `VM.Standard2.1`.

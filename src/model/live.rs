@@ -101,7 +101,8 @@ pub struct PointInTime {
     /// What the image will be, never better than it was taken.
     pub consistency: Consistency,
     /// From when the guest was asked to freeze until it said that it was
-    /// thawed, as the host saw it; of a crash, the switch alone.
+    /// thawed, as the host saw it; of one that was shut down, from the order
+    /// until it ran again; of a crash, the switch alone.
     pub window_micros: u64,
     /// Filesystems that the guest froze.
     pub frozen: u32,
@@ -109,6 +110,9 @@ pub struct PointInTime {
     pub thawed: u32,
     /// Whether a fuse in the guest would have thawed it without imaged.
     pub fuse: bool,
+    /// Whether the guest was shut down for it, and started again.
+    #[serde(default)]
+    pub stopped: bool,
     /// What of the host's disk the guest's writes took until the release.
     pub scratch: ByteSize,
 }

@@ -14,7 +14,7 @@ use crate::{
         ByteSize, ImageId, Timestamp, WorkRequestId,
         image::{Compression, Consistency, Image, ImageState, LaunchMode},
         instance::{Instance, PowerState},
-        live::{Expected, Mode, PointInTime, Rehearsal},
+        live::{Expected, Force, Mode, PointInTime, Rehearsal},
         trace::{Channel, Dropped, Entry, Kind, Trace},
         work_request::{Action, NewRates, Operation, Rates, Status, WorkRequest},
     },
@@ -129,6 +129,8 @@ fn mode(value: i32) -> Result<Mode> {
         Ok(Pb::Unspecified | Pb::Freeze) => Mode::Freeze,
         Ok(Pb::Crash) => Mode::Crash,
         Ok(Pb::FreezeOrCrash) => Mode::FreezeOrCrash,
+        Ok(Pb::Stop) => Mode::Stop(Force::No),
+        Ok(Pb::ForceStop) => Mode::Stop(Force::PullThePlug),
         Err(_) => {
             return Err(invalid(
                 "snapshot_mode",
@@ -352,6 +354,7 @@ impl From<PointInTime> for pb::PointInTime {
             frozen_filesystems: point.frozen,
             fuse: point.fuse,
             scratch_bytes: point.scratch.get(),
+            stopped: point.stopped,
         }
     }
 }

@@ -123,7 +123,7 @@ impl Capture {
         let line = Line { upload: &*upload, watchdog, stop, place, rates };
         let done = async {
             let begun = match (found, interrupted) {
-                (Some(found), _) => self.begin(work, found, &*upload, tracker).await?,
+                (Some(found), _) => self.begin(work, found, &*upload, tracker, stop).await?,
                 (None, Some(interrupted)) => Self::go_on(work, interrupted, tracker).await?,
                 (None, None) => return Err(Error::new(Reason::Internal, "nothing to be read")),
             };
@@ -156,11 +156,12 @@ impl Capture {
         found: Found,
         upload: &dyn Upload,
         tracker: &mut Tracker,
+        stop: &CancellationToken,
     ) -> Result<Begun> {
         let (volume, live) = match found {
             Found::AtRest(volume) => (volume, None),
             Found::Running(prepared) => {
-                let live = Live::take(prepared, tracker).await?;
+                let live = Live::take(prepared, tracker, stop).await?;
                 self.image.origin.consistency = live.snapshot.point().consistency;
                 (live.open(work).await?, Some(live))
             }

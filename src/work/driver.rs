@@ -236,7 +236,7 @@ fn why_stopped(error: &Error, asked: bool, stopped: bool) -> Option<Error> {
     }
 }
 
-fn canceled() -> Error {
+pub(super) fn canceled() -> Error {
     Error::new(Reason::Canceled, "the work request was canceled")
 }
 

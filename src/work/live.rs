@@ -3,9 +3,11 @@
 use std::{convert::Infallible, time::Duration};
 
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Burden, Work,
+    driver::canceled,
     governor::Governor,
     tracker::{Teller, Tracker},
 };
@@ -31,12 +33,25 @@ pub(super) struct Live {
 }
 
 impl Live {
-    /// Takes the point in time. What will undo it is durable before.
-    pub(super) async fn take(prepared: Box<dyn Prepared>, tracker: &mut Tracker) -> Result<Self> {
+    /// Takes the point in time. What will undo it is durable before. A guest
+    /// that takes its time to shut down is not waited for after `stop`.
+    pub(super) async fn take(
+        prepared: Box<dyn Prepared>,
+        tracker: &mut Tracker,
+        stop: &CancellationToken,
+    ) -> Result<Self> {
         let undo = prepared.undo().clone();
         tracker.owe(Some(undo.clone())).await?;
         tracker.phase(Phase::Snapshot).await?;
-        let snapshot = prepared.take().await?;
+        let taken = prepared.take();
+        let snapshot = match undo.held.stopped {
+            None => taken.await?,
+            Some(_) => tokio::select! {
+                biased;
+                taken = taken => taken?,
+                () = stop.cancelled() => return Err(canceled()),
+            },
+        };
         tracker.owe(Some(Undo { held: Held::NOT, ..undo })).await?;
         tracker.log(told(snapshot.point()));
         Ok(Self::new(snapshot))
@@ -100,9 +115,12 @@ impl Live {
 }
 
 fn told(point: &PointInTime) -> String {
-    let PointInTime { consistency, window_micros, frozen, fuse, .. } = point;
+    let PointInTime { consistency, window_micros, frozen, fuse, stopped, .. } = point;
     let window = Duration::from_micros(*window_micros);
     match frozen {
+        _ if *stopped => format!(
+            "the guest was shut down and runs again after {window:.1?}, {consistency} consistent"
+        ),
         0 => format!("point in time taken in {window:.1?}, {consistency} consistent"),
         _ => format!(
             "the guest froze {frozen} filesystems for {window:.1?}, {} fuse, {consistency} \

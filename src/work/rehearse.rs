@@ -53,7 +53,7 @@ impl Rehearse {
         let found = work.preflight(Some(&self.instance), volume, self.mode, recorder).await?;
         let Found::Running(prepared) = found else { return Err(at_rest(&self.instance)) };
         check(stop)?;
-        let live = Live::take(prepared, tracker).await?;
+        let live = Live::take(prepared, tracker, stop).await?;
         let data = live.open(work).await?.facts().data_size();
         tracker.phase(Phase::Sample).await?;
         let sampled = tokio::select! {

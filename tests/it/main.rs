@@ -33,6 +33,7 @@ mod s3;
 mod service;
 mod sources;
 mod stalls;
+mod stop;
 mod stores;
 mod systemd;
 mod worker;

@@ -116,7 +116,7 @@ async fn empty(_: Config, _: Vec<Instance>) -> Result<Parts> {
     let space = Space { free: ByteSize::gib(1), total: ByteSize::gib(4) };
     Ok(Parts {
         clock: Arc::new(SystemClock::new()?),
-        hypervisor: Arc::new(QemuHost::new("/nowhere".into())),
+        hypervisor: Arc::new(QemuHost::new("/nowhere".into(), Arc::default())),
         volumes: Arc::new(NoVolumes),
         stores: vec![
             Arc::new(EmptyStore { name: "local", space: Some(space) }),

@@ -290,6 +290,13 @@ impl Guest {
         )
     }
 
+    /// Whether a verb of `tests/lab/vm.py` fails.
+    pub fn vm_fails(&self, verb: &str) -> bool {
+        let dir = self.dir.path().to_str().unwrap();
+        let vm = Command::new("tests/lab/vm.py").args([verb, "--dir", dir]).output();
+        !vm.unwrap().status.success()
+    }
+
     /// Runs a shell script in it, and returns what it printed.
     pub fn sh(&self, script: &str) -> String {
         self.vm("exec", &["/bin/sh", "-c", script])

@@ -69,6 +69,7 @@ fn point_in_time(point: &pb::PointInTime) -> Value {
         ("frozen-filesystems", point.frozen_filesystems.into()),
         ("fuse", point.fuse.into()),
         ("scratch-bytes", point.scratch_bytes.into()),
+        ("stopped", point.stopped.into()),
         ("window-micros", point.window_micros.into()),
     ])
 }

@@ -193,9 +193,10 @@ fn expected(expected: &pb::Expected) -> String {
 /// `frozen for 104ms, 640 KiB of scratch`.
 fn point_in_time(point: &pb::PointInTime) -> String {
     let window = words::duration(Duration::from_micros(point.window_micros));
-    let how = match point.frozen_filesystems {
-        0 => "taken within",
-        _ => "frozen for",
+    let how = match (point.stopped, point.frozen_filesystems) {
+        (true, _) => "shut down for it, running again after",
+        (false, 0) => "taken within",
+        (false, _) => "frozen for",
     };
     format!("{how} {window}, {} of scratch", ByteSize(point.scratch_bytes))
 }
@@ -623,6 +624,7 @@ mod tests {
             frozen_filesystems: 2,
             fuse: true,
             scratch_bytes: 5 << 20,
+            stopped: false,
         };
         let cost = pb::Expected {
             window_micros: 131_400,

@@ -150,7 +150,7 @@ fn create_request(args: ImageCreate) -> Result<pb::CreateImageRequest, Failure> 
         compression: args
             .compression
             .map_or_else(Default::default, |method| pb::Compression::from(method).into()),
-        snapshot_mode: snapshot_mode(args.consistency),
+        snapshot_mode: snapshot_mode(args.consistency, args.force_stop)?,
         max_upload_rate: args.max_upload_rate.unwrap_or_default(),
         max_read_rate: args.max_read_rate.unwrap_or_default(),
         retry_token: token(args.retry_token)?,
@@ -158,10 +158,17 @@ fn create_request(args: ImageCreate) -> Result<pb::CreateImageRequest, Failure> 
     })
 }
 
-fn snapshot_mode(mode: Option<Consistency>) -> i32 {
-    mode.map_or_else(Default::default, |mode| {
-        pb::create_image_request::SnapshotMode::from(mode).into()
-    })
+fn snapshot_mode(mode: Option<Consistency>, force_stop: bool) -> Result<i32, Failure> {
+    use pb::create_image_request::SnapshotMode;
+    let mode = match (mode, force_stop) {
+        (Some(Consistency::Stop), true) => SnapshotMode::ForceStop,
+        (_, true) => {
+            let message = "--force-stop goes with --consistency stop: nothing else stops a guest";
+            return Err(Failure::new(Exit::Usage, message));
+        }
+        (mode, false) => mode.map_or_else(Default::default, SnapshotMode::from),
+    };
+    Ok(mode.into())
 }
 
 /// imaged has another working directory, so it is told whole paths.
@@ -234,7 +241,7 @@ async fn rehearse(mut session: Session<'_, '_>, args: ImageCreate) -> Result<(),
     let request = pb::RehearseImageRequest {
         // Required with --rehearse.
         instance_id: args.instance_id.unwrap_or_default(),
-        snapshot_mode: snapshot_mode(args.consistency),
+        snapshot_mode: snapshot_mode(args.consistency, args.force_stop)?,
         retry_token: token(args.retry_token)?,
     };
     let token = request.retry_token.clone();

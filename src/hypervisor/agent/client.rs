@@ -18,7 +18,7 @@ use tokio::{
 use super::{
     answer::{ExecStatus, Filesystem, FreezeStatus, HostName, Info, Nothing, OsInfo, Started},
     codec::{self, Answer, MAX_MESSAGE, Malformed},
-    command::Call,
+    command::{Call, ShutdownMode},
     program::{GuestProcess, GuestProgram},
 };
 use crate::{
@@ -193,6 +193,25 @@ impl Agent {
     /// As [`ping`](Self::ping).
     pub async fn status(&self, process: GuestProcess, deadline: Instant) -> Result<ExecStatus> {
         self.call(Call::ExecStatus { pid: process }, deadline).await
+    }
+
+    /// Has the agent shut the guest down. It answers nothing when it does
+    /// (QEMU, `qga/qapi-schema.json`): watch the VM instead, and drop this
+    /// when it has shut down. Ends only with an error.
+    ///
+    /// # Errors
+    ///
+    /// As [`ping`](Self::ping); `GUEST_AGENT_TIMEOUT` means little.
+    pub async fn shut_down(&self, deadline: Instant) -> Error {
+        let call = Call::Shutdown { mode: ShutdownMode::Powerdown };
+        match self.call::<Nothing>(call, deadline).await {
+            Err(error) => error,
+            // Some agents do answer.
+            Ok(Nothing {}) => {
+                tokio::time::sleep_until(deadline).await;
+                Error::new(Reason::GuestAgentTimeout, "the guest did not shut down")
+            }
+        }
     }
 
     /// Has the agent do `call`: gets in step if need be, sends, waits.

@@ -34,6 +34,10 @@ pub const ALLOWED: &[Allowed] = &[
         why: "only to start the fuse, a shell script of imaged's own that thaws the guest after a deadline, and to end it",
     },
     Allowed { name: "guest-exec-status", why: "whether the fuse has blown" },
+    Allowed {
+        name: "guest-shutdown",
+        why: "shuts the guest down for its image, where that was asked for; imaged starts it again",
+    },
 ];
 
 /// The commands as they are encoded.
@@ -62,6 +66,14 @@ pub(super) enum Call {
     Exec(GuestProgram),
     #[serde(rename = "guest-exec-status")]
     ExecStatus { pid: GuestProcess },
+    #[serde(rename = "guest-shutdown")]
+    Shutdown { mode: ShutdownMode },
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum ShutdownMode {
+    Powerdown,
 }
 
 fn exec<S: serde::Serializer>(program: &GuestProgram, to: S) -> Result<S::Ok, S::Error> {
@@ -90,6 +102,7 @@ impl Call {
             Self::FsfreezeThaw => "guest-fsfreeze-thaw",
             Self::Exec(_) => "guest-exec",
             Self::ExecStatus { .. } => "guest-exec-status",
+            Self::Shutdown { .. } => "guest-shutdown",
         }
     }
 
@@ -106,13 +119,16 @@ impl Call {
             Self::FsfreezeThaw => "thaw the guest's filesystems".into(),
             Self::Exec(program) => format!("start {} in the guest", program.name()),
             Self::ExecStatus { pid } => format!("tell of the guest's process {}", pid.0),
+            Self::Shutdown { .. } => "shut the guest down".into(),
         }
     }
 
     /// Where it and its answer are recorded.
     pub(super) const fn lane(&self) -> Lane {
         match self {
-            Self::FsfreezeFreeze | Self::FsfreezeThaw | Self::Exec(_) => Lane::Commands,
+            Self::FsfreezeFreeze | Self::FsfreezeThaw | Self::Exec(_) | Self::Shutdown { .. } => {
+                Lane::Commands
+            }
             _ => Lane::Queries,
         }
     }
@@ -161,6 +177,7 @@ pub(super) mod tests {
             Call::Exec(GuestProgram::ThawFuse { after_seconds }),
             Call::Exec(GuestProgram::DisarmFuse { process: GuestProcess(42) }),
             Call::ExecStatus { pid: GuestProcess(42) },
+            Call::Shutdown { mode: ShutdownMode::Powerdown },
         ]
     }
 
@@ -183,6 +200,7 @@ pub(super) mod tests {
         {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","\ntrap 'kill \"$!\"; exit 0' TERM\nsleep \"$1\" & wait \"$!\"\nblew=0\nwhile read -r device mount rest; do\n    fsfreeze --unfreeze \"$(printf %b \"$mount\")\" 2>/dev/null && blew=10\ndone </proc/self/mounts\nexit \"$blew\"\n","imaged-thaw-fuse","30"],"capture-output":false}}
         {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","\ngrep -qs imaged-thaw-fuse \"/proc/$1/cmdline\" && kill -s TERM \"$1\"\n","imaged-disarm","42"],"capture-output":false}}
         {"execute":"guest-exec-status","arguments":{"pid":42}}
+        {"execute":"guest-shutdown","arguments":{"mode":"powerdown"}}
         "#);
     }
 
@@ -206,6 +224,7 @@ pub(super) mod tests {
         {"after-seconds":30,"program":"thaw-fuse"}
         {"process":42,"program":"disarm-fuse"}
         {"pid":42}
+        {"mode":"powerdown"}
         "#);
     }
 }

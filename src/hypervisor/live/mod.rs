@@ -4,6 +4,7 @@
 //! prepare   nothing is changed: QEMU, its disk, the agent, room for scratch
 //!   │         (the undo is kept durably)
 //! take      scratch ─► fuse ─► freeze ─► filter, switch ─► thaw ─► exports
+//!   │         or, with the guest shut down for it, as `stop` has it
 //!   │         (the image is read)
 //! release   exports ─► snapshot ─► switch back ─► filter ─► scratch
 //! undo      the same for whatever is left, from another session
@@ -17,12 +18,13 @@
 //! after. A write before it went past the filter and is part of what the
 //! filter finds; one after it is copied first. The switch therefore needs no
 //! stopped processors, also when nothing is frozen: a daemon that dies at any
-//! line of this leaves a guest that runs.
+//! line of this leaves a guest that runs, or a guard that sees to it.
 //!
 //! # What holds without imaged
 //!
 //! `on-cbw-error=break-snapshot` and `cbw-timeout` end the snapshot, not the
-//! guest's write, when the scratch is full or slow. The fuse thaws the guest.
+//! guest's write, when the scratch is full or slow. The fuse thaws the guest, and so does the
+//! guard, a process beside imaged, which starts one again that was shut down.
 
 mod find;
 mod freeze;
@@ -30,11 +32,12 @@ mod iothread;
 mod names;
 mod prepare;
 mod snapshot;
+mod stop;
 mod undo;
 
 pub use prepare::prepare;
 pub use snapshot::regain;
-pub use undo::undo;
+pub use undo::{let_go, undo};
 
 use std::time::Duration;
 

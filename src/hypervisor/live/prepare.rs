@@ -15,7 +15,8 @@ use super::{
     freeze::Freezer,
     iothread,
     names::Names,
-    snapshot::Ready,
+    snapshot::{Hold, Ready},
+    stop::Stopper,
     undo::sockets,
     within,
 };
@@ -23,12 +24,13 @@ use crate::{
     error::{Context, Error, Reason, Result},
     hypervisor::{
         agent::Agent,
+        guard::Guards,
         qmp::{Command, Qmp},
     },
     model::{
         ByteSize,
         instance::Instance,
-        live::{Filter, Held, Mode, SnapshotUndo, Undo},
+        live::{Filter, Mode, SnapshotUndo, Undo},
     },
     port::SnapshotOrder,
     recorder::Recorder,
@@ -50,22 +52,30 @@ pub async fn prepare(
     order: SnapshotOrder,
     scratch_dir: &Path,
     tag: String,
+    guards: Arc<Guards>,
     recorder: Arc<Recorder>,
 ) -> Result<Ready> {
     let names = Names::of(&tag)?;
     let sockets = sockets(&instance.machine, &instance.name)?;
     let qmp = Qmp::connect(&sockets.qmp_socket, Arc::clone(&recorder), within(COMMAND)).await?;
     let disk = look(&qmp, instance).await?;
-    let freezer = match (order.mode, &sockets.agent_socket) {
-        (Mode::Stop(_) | Mode::Crash, _) | (Mode::FreezeOrCrash, None) => None,
-        (Mode::Freeze, Some(socket)) => Some(freezer(instance, socket, &recorder).await?),
+    let hold = match (order.mode, &sockets.agent_socket) {
+        (Mode::Crash, _) | (Mode::FreezeOrCrash, None) => Hold::Not,
+        (Mode::Freeze, Some(socket)) => Hold::Frozen(freezer(instance, socket, &recorder).await?),
         (Mode::FreezeOrCrash, Some(socket)) => match freezer(instance, socket, &recorder).await {
-            Ok(freezer) => Some(freezer),
+            Ok(freezer) => Hold::Frozen(freezer),
             Err(error) => {
                 recorder.note(format!("not frozen: {error}"));
-                None
+                Hold::Not
             }
         },
+        (Mode::Stop(force), socket) => {
+            let agent = match socket {
+                Some(socket) => agent(socket, &recorder).await,
+                None => None,
+            };
+            Hold::Stopped(Stopper::new(&qmp, instance, agent, force).await?)
+        }
         (Mode::Freeze, None) => {
             let context = format!("nothing can freeze instance {:?}", instance.name);
             let error = Error::new(Reason::GuestAgentUnavailable, context)
@@ -81,15 +91,27 @@ pub async fn prepare(
         instance: instance.name.clone(),
         machine: instance.machine.clone(),
         snapshot: SnapshotUndo::Filter(filter.clone()),
-        held: Held { frozen: freezer.is_some(), ..Held::NOT },
+        held: hold.undo(instance),
     };
     let volume = instance.boot_volume.clone();
-    Ok(Ready { qmp, freezer, disk, names, undo, filter, owner, volume, order, recorder })
+    Ok(Ready { qmp, hold, disk, names, undo, filter, owner, volume, order, guards, recorder })
 }
 
 async fn freezer(instance: &Instance, socket: &Path, recorder: &Arc<Recorder>) -> Result<Freezer> {
     let agent = Agent::connect(socket, Arc::clone(recorder), within(COMMAND)).await?;
     Freezer::new(agent, instance.freeze).await
+}
+
+/// An agent that may shut the guest down; one that does not answer is no
+/// reason to refuse, because there is the power button.
+async fn agent(socket: &Path, recorder: &Arc<Recorder>) -> Option<Agent> {
+    match Agent::connect(socket, Arc::clone(recorder), within(COMMAND)).await {
+        Ok(agent) => Some(agent),
+        Err(error) => {
+            recorder.note(format!("{error}"));
+            None
+        }
+    }
 }
 
 /// Whether this QEMU can, and nothing else is under way in it.

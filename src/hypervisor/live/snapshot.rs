@@ -18,20 +18,25 @@ use super::{
     find::BootDisk,
     freeze::{Freezer, Frozen, nothing_frozen},
     names::Names,
+    stop::{Down, Stopper},
     undo::{clean, sockets, take_out},
     within,
 };
 use crate::{
     error::{Context, Error, Reason, Result},
     format::qcow2,
-    hypervisor::qmp::{
-        AllocationMap, Command, DeviceStatistics, Done, Events, FilePath, NodeRef, Observed, Qmp,
-        SocketPath, Switch,
+    hypervisor::{
+        guard::Guards,
+        qmp::{
+            AllocationMap, Command, DeviceStatistics, Done, Events, FilePath, NodeRef, Observed,
+            Qmp, SocketPath, Switch,
+        },
     },
     model::{
         ByteSize,
         image::Consistency,
-        live::{Filter, LiveSource, Mode, PointInTime, SnapshotUndo, Undo},
+        instance::Instance,
+        live::{Filter, Held, LiveSource, Mode, PointInTime, SnapshotUndo, Undo},
         upload::ResumeSource,
     },
     port::{BoxFuture, DiskWork, LiveSnapshot, Prepared, SnapshotOrder},
@@ -54,11 +59,32 @@ const SYNC: Duration = Duration::from_secs(300);
 /// its tables at once.
 const LEFT: u64 = ByteSize::MIB;
 
+/// How a guest is held for its point in time.
+#[derive(Debug)]
+pub(super) enum Hold {
+    /// Not at all.
+    Not,
+    /// Its filesystems are frozen.
+    Frozen(Freezer),
+    /// It is shut down, and started again.
+    Stopped(Stopper),
+}
+
+impl Hold {
+    /// What may have to be ended.
+    pub fn undo(&self, instance: &Instance) -> Held {
+        Held {
+            frozen: matches!(self, Self::Frozen(_)),
+            stopped: matches!(self, Self::Stopped(_)).then_some(instance.shutdown_seconds),
+        }
+    }
+}
+
 /// A snapshot that can be taken: everything was looked at.
 #[derive(Debug)]
 pub struct Ready {
     pub(super) qmp: Qmp,
-    pub(super) freezer: Option<Freezer>,
+    pub(super) hold: Hold,
     pub(super) disk: BootDisk,
     pub(super) names: Names,
     pub(super) undo: Undo,
@@ -66,6 +92,7 @@ pub struct Ready {
     pub(super) owner: Option<(Uid, Gid)>,
     pub(super) volume: PathBuf,
     pub(super) order: SnapshotOrder,
+    pub(super) guards: Arc<Guards>,
     pub(super) recorder: Arc<Recorder>,
 }
 
@@ -90,24 +117,11 @@ impl Ready {
     async fn taken(self) -> Result<Taken> {
         let events = self.qmp.events();
         let scratch = self.add_scratch().await?;
-        let switching = async |deadline| self.switch(deadline).await;
-        let begun = Instant::now();
-        let point = match &self.freezer {
-            None => {
-                switching(within(COMMAND)).await?;
-                unfrozen(begun.elapsed())
-            }
-            Some(freezer) => match freezer.during(&self.recorder, switching).await {
-                Ok(((), frozen)) => point(freezer, frozen, self.order.mode)?,
-                Err(error) if self.order.mode == Mode::FreezeOrCrash && nothing_frozen(&error) => {
-                    self.recorder.note(format!("not frozen: {error}"));
-                    let begun = Instant::now();
-                    switching(within(COMMAND)).await?;
-                    unfrozen(begun.elapsed())
-                }
-                Err(error) => return Err(error),
-            },
-        };
+        if self.undo.held.is_held() {
+            self.guards.set(&self.undo).await?;
+        }
+        let point = self.point().await?;
+        self.guards.lift(&self.undo).await;
         self.show().await?;
         let Self { qmp, disk, names, undo, filter, volume, order, .. } = self;
         let source = LiveSource {
@@ -122,6 +136,38 @@ impl Ready {
         };
         let events = tokio::sync::Mutex::new(events);
         Ok(Taken { qmp, events, undo, filter, point, source, limit: order.scratch, scratch })
+    }
+
+    /// Takes it, with the guest held as it is to be.
+    async fn point(&self) -> Result<PointInTime> {
+        let switching = async |deadline| self.switch(deadline).await;
+        let begun = Instant::now();
+        Ok(match &self.hold {
+            Hold::Not => {
+                switching(within(COMMAND)).await?;
+                unfrozen(begun.elapsed())
+            }
+            Hold::Stopped(stopper) => {
+                let down = stopper.shut_down(&self.qmp, &self.recorder).await?;
+                switching(within(COMMAND)).await?;
+                stopper.start(&self.qmp).await?;
+                let consistency = match down {
+                    Down::Clean => Consistency::Clean,
+                    Down::Pulled => Consistency::Crash,
+                };
+                PointInTime { consistency, stopped: true, ..unfrozen(begun.elapsed()) }
+            }
+            Hold::Frozen(freezer) => match freezer.during(&self.recorder, switching).await {
+                Ok(((), frozen)) => point(freezer, frozen, self.order.mode)?,
+                Err(error) if self.order.mode == Mode::FreezeOrCrash && nothing_frozen(&error) => {
+                    self.recorder.note(format!("not frozen: {error}"));
+                    let begun = Instant::now();
+                    switching(within(COMMAND)).await?;
+                    unfrozen(begun.elapsed())
+                }
+                Err(error) => return Err(error),
+            },
+        })
     }
 
     /// What takes the guest's overwritten bytes, and the server that will
@@ -228,6 +274,7 @@ fn unfrozen(window: Duration) -> PointInTime {
         frozen: 0,
         thawed: 0,
         fuse: false,
+        stopped: false,
         scratch: ByteSize::default(),
     }
 }
@@ -253,7 +300,8 @@ fn point(freezer: &Freezer, frozen: Frozen, mode: Mode) -> Result<PointInTime> {
     };
     let window_micros = micros(window);
     let scratch = ByteSize::default();
-    Ok(PointInTime { consistency, window_micros, frozen: filesystems, thawed, fuse, scratch })
+    let (frozen, stopped) = (filesystems, false);
+    Ok(PointInTime { consistency, window_micros, frozen, thawed, fuse, stopped, scratch })
 }
 
 fn micros(time: Duration) -> u64 {

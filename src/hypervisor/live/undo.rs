@@ -4,7 +4,7 @@ use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
 use tokio::time::sleep;
 
-use super::{COMMAND, SCRATCH_FILE, SOCKET_FILE, freeze, names::Names, within};
+use super::{COMMAND, SCRATCH_FILE, SOCKET_FILE, freeze, names::Names, stop::start_again, within};
 use crate::{
     error::{Context, Error, Reason, Result},
     hypervisor::{
@@ -32,10 +32,7 @@ pub async fn undo(undo: &Undo, recorder: Arc<Recorder>) -> Result<()> {
     let SnapshotUndo::Filter(filter) = &undo.snapshot;
     // What holds the guest first. A guest that does not answer is no reason
     // to leave the rest.
-    let thawed = match undo.held.frozen {
-        true => thaw(&undo.instance, sockets, &recorder).await,
-        false => Ok(()),
-    };
+    let let_go = let_go(undo, &recorder).await;
     match Qmp::connect(&sockets.qmp_socket, recorder, within(COMMAND)).await {
         Ok(qmp) => {
             let taken = take_out(&qmp, &undo.instance, filter).await;
@@ -46,7 +43,25 @@ pub async fn undo(undo: &Undo, recorder: Arc<Recorder>) -> Result<()> {
         Err(error) => return Err(error),
     }
     clean(&filter.dir).await?;
-    thawed
+    let_go
+}
+
+/// Ends what holds the guest: thaws it, starts it again. Repeating it changes
+/// nothing.
+///
+/// # Errors
+///
+/// As [`undo`].
+pub async fn let_go(undo: &Undo, recorder: &Arc<Recorder>) -> Result<()> {
+    let sockets = sockets(&undo.machine, &undo.instance)?;
+    let SnapshotUndo::Filter(filter) = &undo.snapshot;
+    if undo.held.frozen {
+        thaw(&undo.instance, sockets, recorder).await?;
+    }
+    match undo.held.stopped {
+        Some(seconds) => start_again(&undo.instance, sockets, filter, seconds, recorder).await,
+        None => Ok(()),
+    }
 }
 
 /// Where what runs the instance listens.

@@ -28,6 +28,15 @@ pub(super) enum Call {
     QueryJobs,
     QueryIothreads,
     QueryBlockExports,
+    SetAction {
+        shutdown: OnShutdown,
+    },
+    #[serde(rename = "system_powerdown")]
+    SystemPowerdown,
+    Stop,
+    #[serde(rename = "system_reset")]
+    SystemReset,
+    Cont,
     BlockdevAdd(NewNode),
     BlockdevDel {
         node_name: NodeName,
@@ -113,6 +122,16 @@ pub(super) enum Question {
     ParentBus,
 }
 
+/// What QEMU does when the guest has shut down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnShutdown {
+    /// It ends.
+    Poweroff,
+    /// It waits for somebody to reset the VM and let it run.
+    Pause,
+}
+
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Property {
@@ -156,6 +175,11 @@ impl Call {
             Self::QueryJobs => "query-jobs",
             Self::QueryIothreads => "query-iothreads",
             Self::QueryBlockExports => "query-block-exports",
+            Self::SetAction { .. } => "set-action",
+            Self::SystemPowerdown => "system_powerdown",
+            Self::Stop => "stop",
+            Self::SystemReset => "system_reset",
+            Self::Cont => "cont",
             Self::BlockdevAdd(_) => "blockdev-add",
             Self::BlockdevDel { .. } => "blockdev-del",
             Self::QomGet { .. } => "qom-get",
@@ -179,6 +203,16 @@ impl Call {
             Self::QueryJobs => "list the jobs".into(),
             Self::QueryIothreads => "list its I/O threads".into(),
             Self::QueryBlockExports => "list the exports".into(),
+            Self::SetAction { shutdown: OnShutdown::Pause } => {
+                "wait when the guest has shut down".into()
+            }
+            Self::SetAction { shutdown: OnShutdown::Poweroff } => {
+                "end when the guest has shut down".into()
+            }
+            Self::SystemPowerdown => "press the guest's power button".into(),
+            Self::Stop => "stop the virtual CPUs".into(),
+            Self::SystemReset => "reset the VM".into(),
+            Self::Cont => "let the virtual CPUs run".into(),
             Self::BlockdevAdd(node) => match node {
                 NewNode::File { node_name, filename, .. } => {
                     format!("open the scratch file {filename} as the node {node_name}")

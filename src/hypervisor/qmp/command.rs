@@ -7,7 +7,8 @@ use super::{
         BlockDevice, BlockExport, BlockNode, DeviceStatistics, Done, IoThread, Job, Schema, Status,
     },
     call::{
-        Address, Cache, Call, Discard, ExportEnd, NewExport, NewNode, OnError, Property, Question,
+        Address, Cache, Call, Discard, ExportEnd, NewExport, NewNode, OnError, OnShutdown,
+        Property, Question,
     },
     names::{DevicePath, ExportId, FilePath, NodeName, NodeRef, SocketPath},
 };
@@ -35,6 +36,26 @@ pub const ALLOWED: &[Allowed] = &[
     Allowed {
         name: "query-block-exports",
         why: "the exports, to find what an imaged that died has left",
+    },
+    Allowed {
+        name: "set-action",
+        why: "only for an image for which the guest is shut down: QEMU waits then instead of ending (`shutdown=pause`), and afterwards does what its command line says",
+    },
+    Allowed {
+        name: "system_powerdown",
+        why: "the power button, of a guest that is to be shut down and whose agent does not do it",
+    },
+    Allowed {
+        name: "stop",
+        why: "the plug, of a guest that is to be shut down and does not: with `--force-stop` alone",
+    },
+    Allowed {
+        name: "system_reset",
+        why: "begins a guest anew that was shut down for its image, never one that runs",
+    },
+    Allowed {
+        name: "cont",
+        why: "lets it run, after the reset, or after a `stop` of imaged's own",
     },
     Allowed {
         name: "blockdev-add",
@@ -164,6 +185,38 @@ impl Command<Vec<BlockExport>> {
 }
 
 impl Command<Done> {
+    /// What QEMU does from now on when the guest has shut down.
+    #[must_use]
+    pub fn set_on_shutdown(shutdown: OnShutdown) -> Self {
+        Call::SetAction { shutdown }.into()
+    }
+
+    /// Presses the power button: the guest does about it what it will.
+    #[must_use]
+    pub fn power_button() -> Self {
+        Call::SystemPowerdown.into()
+    }
+
+    /// Stops the virtual CPUs: what the guest has not written is lost, once
+    /// the VM is reset.
+    #[must_use]
+    pub fn stop() -> Self {
+        Call::Stop.into()
+    }
+
+    /// Begins to reset the VM; done when its status is `prelaunch`. Only for
+    /// one whose CPUs do not run.
+    #[must_use]
+    pub fn reset() -> Self {
+        Call::SystemReset.into()
+    }
+
+    /// Lets the virtual CPUs run.
+    #[must_use]
+    pub fn cont() -> Self {
+        Call::Cont.into()
+    }
+
     /// Opens the file that takes what the guest overwrites. It is worthless
     /// once QEMU ends, so nothing waits for it to reach the disk.
     #[must_use]
@@ -300,6 +353,12 @@ pub(super) mod tests {
             Command::query_statistics().call,
             Command::query_jobs().call,
             Command::query_exports().call,
+            Command::set_on_shutdown(OnShutdown::Pause).call,
+            Command::set_on_shutdown(OnShutdown::Poweroff).call,
+            Command::power_button().call,
+            Command::stop().call,
+            Command::reset().call,
+            Command::cont().call,
             Command::add_scratch(own("imaged-s"), file).call,
             Command::add_bound(own("imaged-b"), own("imaged-s"), 1 << 30).call,
             Command::add_overlay(own("imaged-o"), own("imaged-s")).call,
@@ -334,6 +393,12 @@ pub(super) mod tests {
         {"execute":"query-blockstats","arguments":{"query-nodes":false},"id":1}
         {"execute":"query-jobs","id":1}
         {"execute":"query-block-exports","id":1}
+        {"execute":"set-action","arguments":{"shutdown":"pause"},"id":1}
+        {"execute":"set-action","arguments":{"shutdown":"poweroff"},"id":1}
+        {"execute":"system_powerdown","id":1}
+        {"execute":"stop","id":1}
+        {"execute":"system_reset","id":1}
+        {"execute":"cont","id":1}
         {"execute":"blockdev-add","arguments":{"driver":"file","node-name":"imaged-s","filename":"/scratch/a.qcow2","cache":{"no-flush":true},"discard":"unmap"},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"raw","node-name":"imaged-b","file":"imaged-s","size":1073741824},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"imaged-o","file":"imaged-s","backing":null},"id":1}

@@ -22,6 +22,7 @@ pub use answer::{
     BlockDevice, BlockExport, BlockNode, Cache, Counters, DeviceStatistics, Done, Image, IoThread,
     Job, Schema, Status,
 };
+pub use call::OnShutdown;
 pub use client::{Events, Observed, Qmp, ServerStop, Switch};
 pub use codec::Version;
 pub use command::{ALLOWED, AllocationMap, Command};
