@@ -32,6 +32,7 @@ use crate::{
     model::{host::Feature, instance::Instance, work_request::Rates},
     port::{Clock, Hypervisor, Inspector, ObjectStore, Outlets, Volumes},
     rpc::{self, HostFacts, StoreState},
+    steps,
     work::{Burden, Ports, Settings, Work},
 };
 
@@ -126,7 +127,9 @@ where
         architecture: std::env::consts::ARCH.into(),
     };
     notify::status("recovering");
+    steps::recovering(true);
     let work = Work::start(ports, settings).await?;
+    steps::recovering(false);
 
     let closing = CancellationToken::new();
     let access = claim.access();

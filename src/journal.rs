@@ -47,6 +47,7 @@ use crate::{
         work_request::WorkRequest,
     },
     port::{self, BoxFuture},
+    steps,
 };
 
 const WORK_REQUESTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("work_requests");
@@ -199,6 +200,18 @@ impl Journal {
     }
 }
 
+impl Journal {
+    /// The same for what changes the journal, called `name`.
+    async fn change(
+        &self,
+        name: &str,
+        doing: impl FnOnce() -> String,
+        command: impl FnOnce(oneshot::Sender<Result<(), Failed>>) -> Command,
+    ) -> Result<()> {
+        steps::effect(name, self.ask(doing, command)).await
+    }
+}
+
 impl Drop for Journal {
     fn drop(&mut self) {
         drop(self.commands.take());
@@ -227,7 +240,8 @@ impl port::Journal for Journal {
             let value = serde_json::to_vec(&value)
                 .context(Reason::Internal, || format!("{} cannot be serialised", request.id))?;
             let key = request.id.to_string();
-            self.ask(
+            self.change(
+                "journal: request",
                 || format!("{} could not be written to", request.id),
                 |done| Command::Put { table: WORK_REQUESTS, key, value, done },
             )
@@ -244,7 +258,8 @@ impl port::Journal for Journal {
             let value = serde_json::to_vec(&Traced { version: VERSION, trace })
                 .context(Reason::Internal, || format!("the trace of {id} cannot be serialised"))?;
             let key = id.to_string();
-            self.ask(
+            self.change(
+                "journal: trace",
                 || format!("the trace of {id} could not be written to"),
                 |done| Command::Put { table: TRACES, key, value, done },
             )
@@ -280,7 +295,8 @@ impl port::Journal for Journal {
             if !body.is_empty() {
                 entries.push((BLOBS, format!("{id}/body"), body));
             }
-            self.ask(
+            self.change(
+                "journal: part",
                 || format!("part {number} of {id} could not be written to"),
                 |done| Command::PutAll { entries, done },
             )
@@ -321,7 +337,9 @@ impl port::Journal for Journal {
     fn forget_parts<'a>(&'a self, id: &'a WorkRequestId) -> BoxFuture<'a, Result<()>> {
         Box::pin(async move {
             let doing = || format!("the parts of {id} could not be removed from");
-            self.ask(doing, |done| Command::ForgetParts { id: id.to_string(), done }).await
+            let id = id.to_string();
+            self.change("journal: parts forgotten", doing, |done| Command::ForgetParts { id, done })
+                .await
         })
     }
 
@@ -345,7 +363,8 @@ impl port::Journal for Journal {
         Box::pin(async move {
             let keys = ids.iter().map(ToString::to_string).collect();
             let doing = || format!("{} work requests could not be removed from", ids.len());
-            self.ask(doing, |done| Command::Forget { keys, done }).await
+            self.change("journal: requests forgotten", doing, |done| Command::Forget { keys, done })
+                .await
         })
     }
 }

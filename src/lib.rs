@@ -30,6 +30,7 @@ pub mod pb;
 pub mod port;
 pub mod recorder;
 pub mod rpc;
+pub mod steps;
 pub mod store;
 pub mod sys;
 pub mod work;

@@ -45,14 +45,17 @@ enum Command {
     Worker,
     /// Lets a guest go when the daemon that holds it dies
     #[command(hide = true)]
-    Guard,
+    Guard {
+        /// The instance's name, for who looks at the list of processes
+        instance: String,
+    },
 }
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match arguments.command {
         Some(Command::Worker) => return worker::child::main(),
-        Some(Command::Guard) => return guard::main(),
+        Some(Command::Guard { .. }) => return guard::main(),
         None => {}
     }
     if arguments.check_confinement {

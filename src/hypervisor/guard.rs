@@ -30,6 +30,7 @@ use crate::{
     error::{Context, Error, Reason, Result},
     model::live::{SnapshotUndo, Undo},
     recorder::Recorder,
+    steps,
 };
 
 /// The program that runs, also when its file was replaced (proc(5)).
@@ -65,7 +66,7 @@ impl Guards {
             guards.lock().insert(key(&undo), guard);
             Ok(())
         });
-        let set = set.await.map_err(io::Error::other).flatten();
+        let set = steps::effect("guard set", set).await.map_err(io::Error::other).flatten();
         set.context(Reason::Internal, || "no guard over the guest can be started")
     }
 
@@ -73,7 +74,8 @@ impl Guards {
     /// nothing.
     pub async fn lift(&self, undo: &Undo) {
         let Some(mut guard) = self.lock().remove(&key(undo)) else { return };
-        let lifted = tokio::task::spawn_blocking(move || writeln!(guard, "{LIFTED}")).await;
+        let lifted = tokio::task::spawn_blocking(move || writeln!(guard, "{LIFTED}"));
+        let lifted = steps::effect("guard lifted", lifted).await;
         if let Ok(Err(error)) = lifted {
             tracing::warn!(instance = undo.instance, "its guard had ended before: {error}");
         }
@@ -95,6 +97,7 @@ fn start(program: &Path, undo: &Undo) -> io::Result<ChildStdin> {
     let mut child = Command::new(program)
         .arg0("imaged")
         .arg("guard")
+        .arg(&undo.instance)
         .env_clear()
         .current_dir("/")
         .stdin(Stdio::piped())

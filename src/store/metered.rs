@@ -20,6 +20,7 @@ use crate::{
         BoxFuture, Delete, Delivery, ObjectReader, ObjectStore, Outlet, Over, Part, ReadAt, Sealed,
         Upload,
     },
+    steps,
 };
 
 /// Counts for one store, from the daemon's start on.
@@ -48,6 +49,11 @@ impl Counters {
             self.failed.fetch_add(1, Ordering::Relaxed);
         }
         outcome
+    }
+
+    /// The same of what changes the store.
+    async fn effect<T>(&self, name: &str, deed: BoxFuture<'_, Result<T>>) -> Result<T> {
+        self.counted(steps::effect(name, deed).await)
     }
 
     fn traffic(&self) -> Traffic {
@@ -104,7 +110,7 @@ impl<S: ObjectStore> ObjectStore for Metered<S> {
 
     fn begin<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Box<dyn Upload>>> {
         Box::pin(async {
-            let upload = self.counters.counted(self.inner.begin(id).await)?;
+            let upload = self.counters.effect("store begin", self.inner.begin(id)).await?;
             Ok(Box::new(self.with(upload)) as Box<dyn Upload>)
         })
     }
@@ -116,13 +122,14 @@ impl<S: ObjectStore> ObjectStore for Metered<S> {
         parts: Vec<KeptPart>,
     ) -> BoxFuture<'a, Result<Box<dyn Upload>>> {
         Box::pin(async {
-            let upload = self.counters.counted(self.inner.resume(id, token, parts).await)?;
+            let upload =
+                self.counters.effect("store resume", self.inner.resume(id, token, parts)).await?;
             Ok(Box::new(self.with(upload)) as Box<dyn Upload>)
         })
     }
 
     fn sweep<'a>(&'a self, keep: &'a [ImageId]) -> BoxFuture<'a, Result<usize>> {
-        Box::pin(async { self.counters.counted(self.inner.sweep(keep).await) })
+        Box::pin(async { self.counters.effect("store sweep", self.inner.sweep(keep)).await })
     }
 
     fn list(&self) -> BoxFuture<'_, Result<Vec<(Manifest, Record)>>> {
@@ -145,7 +152,7 @@ impl<S: ObjectStore> ObjectStore for Metered<S> {
     }
 
     fn delete<'a>(&'a self, id: &'a ImageId) -> BoxFuture<'a, Result<Delete>> {
-        Box::pin(async { self.counters.counted(self.inner.delete(id).await) })
+        Box::pin(async { self.counters.effect("store delete", self.inner.delete(id)).await })
     }
 
     fn outlet<'a>(&'a self, name: &'a str, over: Over) -> BoxFuture<'a, Result<Box<dyn Outlet>>> {
@@ -156,7 +163,7 @@ impl<S: ObjectStore> ObjectStore for Metered<S> {
     }
 
     fn abandon<'a>(&'a self, token: &'a UploadToken) -> BoxFuture<'a, Result<()>> {
-        Box::pin(async { self.counters.counted(self.inner.abandon(token).await) })
+        Box::pin(async { self.counters.effect("store abandon", self.inner.abandon(token)).await })
     }
 }
 
@@ -167,18 +174,19 @@ impl Upload for Metered<Box<dyn Upload>> {
 
     fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<Receipt>> {
         Box::pin(async move {
-            let receipt = self.counters.counted(self.inner.put(Arc::clone(&part)).await)?;
+            let put = self.inner.put(Arc::clone(&part));
+            let receipt = self.counters.effect("store put", put).await?;
             self.counters.stored(&part);
             Ok(receipt)
         })
     }
 
     fn seal(&self, sealed: Arc<Sealed>) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.counters.counted(self.inner.seal(sealed).await) })
+        Box::pin(async { self.counters.effect("store seal", self.inner.seal(sealed)).await })
     }
 
     fn abort(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.counters.counted(self.inner.abort().await) })
+        Box::pin(async { self.counters.effect("store abort", self.inner.abort()).await })
     }
 }
 
@@ -231,7 +239,7 @@ impl Delivery for Metered<Box<dyn Delivery>> {
     }
 
     fn abort(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(async { self.counters.counted(self.inner.abort().await) })
+        Box::pin(async { self.counters.effect("store abort", self.inner.abort()).await })
     }
 }
 

@@ -60,6 +60,7 @@ pub fn running(report: &mut Report) {
             lines: format!("scratch_dir = {area:?}\n{more}"),
             store: Some(dir.path().join("store")),
             instances: vec![("web-1".into(), guest.instance())],
+            ..Config::default()
         })
     };
     if report.wants("capture-live-debian") {

@@ -35,5 +35,6 @@ mod sources;
 mod stalls;
 mod stop;
 mod stores;
+mod sweep;
 mod systemd;
 mod worker;

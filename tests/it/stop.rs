@@ -28,13 +28,18 @@ fn boot_id(guest: &Guest) -> String {
     guest.sh("cat /proc/sys/kernel/random/boot_id")
 }
 
-/// What the agent calls for a shutdown does this first; until the next boot.
-fn before_shutdown(guest: &Guest, script: &str) {
+/// What the agent calls for a shutdown does this instead.
+fn replace_shutdown(guest: &Guest, script: &str) {
     guest.sh(&format!(
-        "cp /sbin/shutdown /run/shutdown && \
-         printf '#!/bin/sh\\n{script}\\nexec /run/shutdown \"$@\"\\n' >/run/first && \
-         chmod 755 /run/first && mount --bind /run/first /sbin/shutdown"
+        "mv /sbin/shutdown /sbin/shutdown.real && cat >/sbin/shutdown <<'END'\n\
+         #!/bin/sh\n{script}\nEND\n\
+         chmod 755 /sbin/shutdown"
     ));
+}
+
+/// The next shutdown takes its time.
+fn slow_down(guest: &Guest) {
+    replace_shutdown(guest, &format!("mv -f $0.real $0; sleep {SLOW}; exec $0 \"$@\""));
 }
 
 fn begin(daemon: &Daemon, more: &[&str]) -> String {
@@ -104,7 +109,7 @@ fn qemu_guest_that_shuts_down_while_imaged_dies_is_started_by_the_guard() {
     let guest = Guest::boot();
     let running = Daemon::start(&stopping(&guest));
     let before = boot_id(&guest);
-    before_shutdown(&guest, &format!("sleep {SLOW}"));
+    slow_down(&guest);
     let request = begin(&running, &[]);
     told_to_shut_down(&running, &request);
     let kept = running.kill().unwrap();
@@ -118,7 +123,7 @@ fn qemu_guest_that_shuts_down_while_imaged_dies_is_started_by_the_guard() {
 
     // With an imaged that comes back at once.
     let before = boot_id(&guest);
-    before_shutdown(&guest, &format!("sleep {SLOW}"));
+    slow_down(&guest);
     let request = begin(&running, &[]);
     told_to_shut_down(&running, &request);
     running.kill();
@@ -129,7 +134,7 @@ fn qemu_guest_that_shuts_down_while_imaged_dies_is_started_by_the_guard() {
 
     // Cancelled while it shuts down.
     let before = boot_id(&guest);
-    before_shutdown(&guest, &format!("sleep {SLOW}"));
+    slow_down(&guest);
     let request = begin(&running, &[]);
     told_to_shut_down(&running, &request);
     running.json(&["work-request", "cancel", "--work-request-id", &request]);
@@ -150,7 +155,7 @@ fn qemu_guest_that_does_not_shut_down_is_left_alone_or_loses_its_plug() {
     let seconds = format!("shutdown_seconds = {}", SLOW * 3);
     config.instances[0].1 = config.instances[0].1.replace(&seconds, "shutdown_seconds = 3");
     let daemon = Daemon::start(&config);
-    before_shutdown(&guest, "exit 0");
+    replace_shutdown(&guest, "exit 0");
     let before = boot_id(&guest);
     let create = ["image", "create", "--instance-id", "web-1", "--consistency", "stop"];
     let said = daemon.refusal(&[&create[..], &["--wait-for-state", "AVAILABLE"]].concat());
@@ -166,6 +171,7 @@ fn qemu_guest_that_does_not_shut_down_is_left_alone_or_loses_its_plug() {
     assert_ne!(boot_id(&guest), before);
     assert_prefix(&records(&object(&daemon, &image), true));
     assert_nothing_left(&guest);
+    guest.sh("mv -f /sbin/shutdown.real /sbin/shutdown; sync");
     assert_a_shutdown_ends_it(&guest);
     let said = daemon.refusal(&["image", "create", "--instance-id", "web-1", "--force-stop"]);
     assert!(said.contains("--consistency"), "{said}");

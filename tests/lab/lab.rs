@@ -5,7 +5,7 @@
 use std::{
     fs,
     io::{BufRead, BufReader, Write},
-    os::unix::net::UnixStream,
+    os::unix::{net::UnixStream, process::ExitStatusExt},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     thread,
@@ -77,6 +77,8 @@ pub struct Config {
     pub store: Option<PathBuf>,
     /// Instance files, by name without `.toml`.
     pub instances: Vec<(String, String)>,
+    /// Variables of its environment.
+    pub environment: Vec<(String, String)>,
 }
 
 impl Daemon {
@@ -109,6 +111,27 @@ impl Daemon {
             daemon.imagectl(&["host", "get"]).status.success().then_some(())
         });
         daemon
+    }
+
+    /// Starts one that is expected to die before it answers, with what it
+    /// logs in a file in `dir`; whether it was killed.
+    pub fn start_and_die(dir: &Path, config: &Config) -> bool {
+        let log = fs::File::options().create(true).append(true).open(dir.join("log")).unwrap();
+        let mut daemon =
+            Self { child: spawn(dir, config, log.into()), dir: dir.to_owned(), kept: None };
+        let ended = wait_for("imaged to die", Duration::from_secs(60), || {
+            match daemon.child.try_wait().unwrap() {
+                Some(status) => Some(Some(status)),
+                None => daemon.imagectl(&["host", "get"]).status.success().then_some(None),
+            }
+        });
+        ended.is_some_and(|status| status.signal() == Some(libc::SIGKILL))
+    }
+
+    /// Whether it was killed.
+    pub fn was_killed(mut self) -> bool {
+        let ended = self.child.try_wait().unwrap();
+        ended.is_some_and(|status| status.signal() == Some(libc::SIGKILL))
     }
 
     /// Its directory.
@@ -243,6 +266,7 @@ fn spawn(dir: &Path, config: &Config, stderr: Stdio) -> Child {
     Command::new("setpriv")
         .args(["--pdeathsig", "KILL", env!("CARGO_BIN_EXE_imaged"), "--config"])
         .arg(&path)
+        .envs(config.environment.iter().map(|(name, value)| (name, value)))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(stderr)

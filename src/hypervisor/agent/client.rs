@@ -28,7 +28,8 @@ use crate::{
         refusal::seconds,
     },
     model::trace::{Channel, Kind},
-    recorder::Recorder,
+    recorder::{Lane, Recorder},
+    steps,
 };
 
 /// What to do about an agent that does not answer.
@@ -242,7 +243,12 @@ impl Agent {
             return Err(unavailable("the connection is gone".into()));
         };
         self.record(Kind::Command, &call, call.recorded());
-        match timeout_at(deadline, link.exchange(&line)).await {
+        let exchanged = timeout_at(deadline, link.exchange(&line));
+        let exchanged = match call.lane() {
+            Lane::Commands => steps::effect(call.name(), exchanged).await,
+            _ => exchanged.await,
+        };
+        match exchanged {
             Ok(Ok(Answer::Done(value))) => {
                 self.record(Kind::Answer, &call, Some(call.keep().of_text(value.get())));
                 read(&value, &purpose)

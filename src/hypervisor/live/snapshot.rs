@@ -41,6 +41,7 @@ use crate::{
     },
     port::{BoxFuture, DiskWork, LiveSnapshot, Prepared, SnapshotOrder},
     recorder::Recorder,
+    steps,
 };
 
 /// Longest copy before a guest's write. QEMU 7.2 keeps it in 32 bits of
@@ -177,7 +178,7 @@ impl Ready {
         // Whole sectors, as QEMU counts.
         let limit = self.order.scratch.get() / 512 * 512;
         let made = tokio::task::spawn_blocking(move || make_scratch(&dir, size, limit, owner));
-        let made = made.await.map_err(io::Error::other).flatten();
+        let made = steps::effect("scratch made", made).await.map_err(io::Error::other).flatten();
         let made = made.context(Reason::Internal, || {
             format!("no scratch file can be made in {}", self.filter.dir.display())
         })?;

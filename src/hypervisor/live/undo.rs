@@ -16,6 +16,7 @@ use crate::{
         live::{Filter, SnapshotUndo, Undo},
     },
     recorder::Recorder,
+    steps,
 };
 
 /// Between two looks whether an export has ended.
@@ -161,7 +162,8 @@ async fn switch_back(qmp: &Qmp, instance: &str, ours: &Filter, names: &Names) ->
 /// Removes the scratch file and the socket.
 pub(super) async fn clean(dir: &Path) -> Result<()> {
     let of = dir.to_owned();
-    let removed = tokio::task::spawn_blocking(move || remove(&of)).await;
+    let removed = tokio::task::spawn_blocking(move || remove(&of));
+    let removed = steps::effect("scratch removed", removed).await;
     let removed = removed.unwrap_or_else(|panic| Err(io::Error::other(panic)));
     removed.context(Reason::Internal, || format!("{} cannot be removed", dir.display()))
 }

@@ -24,7 +24,8 @@ use super::{
 use crate::{
     error::{Context, Error, Reason, Result},
     hypervisor::{Refusal, refusal::seconds},
-    recorder::Recorder,
+    recorder::{Lane, Recorder},
+    steps,
     sys::peer,
 };
 
@@ -172,13 +173,19 @@ impl Qmp {
     ) -> Result<A> {
         let begun = Instant::now();
         let purpose = command.call.purpose();
+        let changes = (command.call.lane() == Lane::Commands).then(|| command.call.name());
         let (done, outcome) = oneshot::channel();
         let ask = Ask { call: command.call, done };
         let asked = async {
             self.asks.send(ask).await.ok()?;
             outcome.await.ok()
         };
-        match timeout_at(deadline, asked).await {
+        let asked = timeout_at(deadline, asked);
+        let asked = match changes {
+            Some(name) => steps::effect(name, asked).await,
+            None => asked.await,
+        };
+        match asked {
             Ok(Some(Outcome::Done(value))) => serde_json::from_str(value.get())
                 .context(Reason::HypervisorUnavailable, || {
                     format!("QEMU was asked to {purpose} and gave an odd answer")

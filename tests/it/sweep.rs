@@ -1,0 +1,376 @@
+//! Captures that are killed at every step, and what is promised then.
+//!
+//! A capture that nobody kills writes down its steps: each effect that it has
+//! outside of imaged, before and after. Another one is killed at each of
+//! them, imaged is started again, and the guest, the store and the journal are
+//! looked at.
+
+use std::{
+    env,
+    fmt::Write as _,
+    fs,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::{
+    lab::{Config, Daemon, Guest, Monitor, wait_for},
+    live::{assert_nothing_left, assert_prefix, config, object, records, start_writer},
+    weed::Weed,
+};
+
+/// Nobody shuts down that slowly here, so that a wait in vain is short.
+const SHUTDOWN_SECONDS: u64 = 12;
+
+/// How images are made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Freeze,
+    Crash,
+    Stop,
+}
+
+impl Mode {
+    const ALL: [Self; 3] = [Self::Freeze, Self::Crash, Self::Stop];
+
+    fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::Freeze => &["--consistency", "freeze"],
+            Self::Crash => &["--consistency", "crash"],
+            Self::Stop => &["--consistency", "stop"],
+        }
+    }
+}
+
+/// Where they go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Store {
+    Directory,
+    Bucket,
+}
+
+/// A guest that writes, and the directory of its imaged.
+struct Sweep {
+    guest: Guest,
+    dir: tempfile::TempDir,
+    weed: Option<Weed>,
+    mode: Mode,
+}
+
+impl Sweep {
+    fn new(mode: Mode, store: Store) -> Self {
+        let guest = Guest::boot();
+        start_writer(&guest);
+        let dir = tempfile::tempdir().unwrap();
+        let weed = (store == Store::Bucket).then(Weed::start);
+        Self { guest, dir, weed, mode }
+    }
+
+    fn config(&self, environment: &[(&str, &str)]) -> Config {
+        let mut config = config(&self.guest);
+        config.instances[0].0 = self.name();
+        let limit = format!("shutdown_seconds = {SHUTDOWN_SECONDS}\n");
+        config.instances[0].1.push_str(&limit);
+        if let Some(weed) = &self.weed {
+            write!(config.lines, "\n{}", weed.config(weed.address(), self.dir.path())).unwrap();
+        }
+        let own = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+        config.environment = environment.iter().map(own).collect();
+        config
+    }
+
+    /// Its own, so that its guards can be told from others.
+    fn name(&self) -> String {
+        let dir = self.dir.path().file_name().unwrap().to_str().unwrap();
+        format!("sweep-{}", dir.trim_start_matches('.'))
+    }
+
+    fn start(&self, environment: &[(&str, &str)]) -> Daemon {
+        Daemon::start_logged(self.dir.path(), &self.config(environment))
+    }
+
+    fn create(&self, daemon: &Daemon) -> std::process::Output {
+        let create = ["image", "create", "--instance-id", &self.name(), "--output", "json"];
+        let wait = ["--wait-for-state", "AVAILABLE"];
+        daemon.imagectl(&[&create[..], self.mode.arguments(), &wait].concat())
+    }
+
+    /// What a capture does, step by step, and what a recovery does of one
+    /// that was killed at the step `killed`.
+    fn steps(&self, killed: Option<&str>) -> Vec<String> {
+        if let Some(step) = killed {
+            assert!(self.dies_at(step), "{step} was not reached");
+        }
+        let file = self.dir.path().join("steps");
+        let _ = fs::remove_file(&file);
+        let daemon = self.start(&[("IMAGED_TEST_STEPS", file.to_str().unwrap())]);
+        if killed.is_none() {
+            let made = self.create(&daemon);
+            let said = String::from_utf8_lossy(&made.stderr).into_owned();
+            assert!(made.status.success(), "{said}");
+        }
+        self.look(daemon);
+        let steps = fs::read_to_string(&file).unwrap();
+        let recovery = |step: &&str| step.contains(" recovery: ") == killed.is_some();
+        // What is looked at in the end is no part of it.
+        let own = |step: &&str| !step.contains("store delete");
+        steps.lines().filter(recovery).filter(own).map(str::to_owned).collect()
+    }
+
+    /// Makes an image with an imaged that dies at `step`; whether it did.
+    fn dies_at(&self, step: &str) -> bool {
+        let daemon = self.start(&[("IMAGED_TEST_DIES", step)]);
+        self.create(&daemon);
+        daemon.was_killed()
+    }
+
+    /// Kills at `step`, and looks.
+    fn kill_at(&self, step: &str) {
+        let died = self.dies_at(step);
+        self.look(self.start(&[]));
+        assert!(died, "it was not reached");
+    }
+
+    /// Kills at `step`, then the recovery at `again`, and looks.
+    fn kill_twice(&self, step: &str, again: &str) {
+        assert!(self.dies_at(step), "{step} was not reached");
+        let died =
+            Daemon::start_and_die(self.dir.path(), &self.config(&[("IMAGED_TEST_DIES", again)]));
+        self.look(self.start(&[]));
+        assert!(died, "it was not reached");
+    }
+
+    /// Kills after `time`, and looks.
+    fn kill_after(&self, time: Duration) {
+        let daemon = self.start(&[]);
+        thread::scope(|scope| {
+            scope.spawn(|| self.create(&daemon));
+            thread::sleep(time);
+            daemon.signal("KILL");
+        });
+        drop(daemon);
+        self.look(self.start(&[]));
+    }
+
+    /// What is promised of a guest, its QEMU, the store and the journal once
+    /// imaged was started again.
+    fn look(&self, daemon: Daemon) {
+        let requests = wait_for("the end of the work", Duration::from_secs(60), || {
+            let requests = daemon.json(&["work-request", "list", "--limit", "1"])["data"].clone();
+            let ended = |request: &Value| !request["time-finished"].is_null();
+            requests.as_array().unwrap().iter().all(ended).then_some(requests)
+        });
+        self.guest_is_well();
+        assert_nothing_left(&self.guest);
+        assert_eq!(guards(&self.name()), 0, "a guard is left");
+
+        let images = daemon.json(&["image", "list"])["data"].as_array().unwrap().clone();
+        let made = requests[0]["status"] == "SUCCEEDED";
+        assert_eq!(images.len(), usize::from(made), "{requests}");
+        for image in &images {
+            assert_eq!(image["lifecycle-state"], "AVAILABLE");
+            let id = image["id"].as_str().unwrap();
+            let verified = daemon.imagectl(&["image", "verify", "--image-id", id]);
+            assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
+            let deleted = daemon.imagectl(&["image", "delete", "--force", "--image-id", id]);
+            assert!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
+        }
+        match &self.weed {
+            None => {
+                let left = fs::read_dir(daemon.images()).map_or(0, Iterator::count);
+                assert_eq!(left, 0, "something is left in the store");
+            }
+            Some(weed) => {
+                assert_eq!(weed.uploads(), 0, "an upload is left");
+                assert_eq!(weed.keys(), ["imaged-store.json"]);
+            }
+        }
+        daemon.stop();
+    }
+
+    /// It runs, and writes.
+    fn guest_is_well(&self) {
+        let mut monitor = Monitor::of(&self.guest);
+        assert_eq!(monitor.execute("query-status")["status"], "running");
+        if self.mode == Mode::Stop {
+            self.guest.vm("wait-agent", &[]);
+            if self.guest.sh("pgrep -f writer.pl || true").is_empty() {
+                start_writer(&self.guest);
+            }
+        }
+        let mut written = || {
+            let disks = monitor.execute("query-blockstats");
+            disks[0]["stats"]["wr_operations"].as_u64().unwrap()
+        };
+        let before = written();
+        wait_for("the guest to write", Duration::from_secs(10), || {
+            (written() > before).then_some(())
+        });
+    }
+
+    /// And in the end an image, whose guest has seen nothing.
+    fn end(&self) {
+        let daemon = self.start(&[]);
+        let made = self.create(&daemon);
+        let image: Value = serde_json::from_slice(&made.stdout).unwrap();
+        if self.weed.is_none() {
+            let object = object(&daemon, &image["data"]);
+            assert_prefix(&records(&object, self.mode == Mode::Crash));
+        }
+        self.guest.vm("wait-agent", &[]);
+        assert_eq!(self.guest.sh("cat /run/writer.log || true"), "", "the guest saw an error");
+    }
+}
+
+/// Guards over the instance called so.
+fn guards(instance: &str) -> usize {
+    let processes = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    let guard = format!("\0guard\0{instance}\0");
+    let is_one = |at: &Path| {
+        let line = fs::read(at.join("cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(&guard)
+    };
+    processes.filter(|process| is_one(&process.path())).count()
+}
+
+/// A step's name without the number that tells it from its like.
+fn kind(step: &str) -> &str {
+    step.rsplit_once(' ').unwrap().0
+}
+
+/// Of parts, which are all alike, the first two and the last.
+fn without_the_like(steps: &[String]) -> Vec<String> {
+    let like = |step: &String| kind(step).contains("store put") || kind(step).contains("part");
+    let mut kept = Vec::new();
+    for (index, step) in steps.iter().enumerate() {
+        let same = |other: &&String| kind(other) == kind(step);
+        let before = steps[..index].iter().filter(same).count();
+        let after = steps[index + 1..].iter().filter(same).count();
+        if !like(step) || before < 2 || after == 0 {
+            kept.push(step.clone());
+        }
+    }
+    kept
+}
+
+/// Has `deed` done to each of `steps`.
+///
+/// # Panics
+///
+/// With all that did not hold.
+fn each(steps: &[String], deed: impl Fn(&str)) {
+    let begun = Instant::now();
+    let mut violations = String::new();
+    for step in steps {
+        let before = Instant::now();
+        let kept = catch_unwind(AssertUnwindSafe(|| deed(step)));
+        println!("{step}: {:.1?}", before.elapsed());
+        if let Err(panic) = kept {
+            writeln!(violations, "{step}: {}", said(&panic)).unwrap();
+        }
+    }
+    println!("{} kills in {:.0?}", steps.len(), begun.elapsed());
+    assert!(violations.is_empty(), "{violations}");
+}
+
+fn said(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+}
+
+#[test]
+#[ignore = "needs root, QEMU and minutes"]
+fn qemu_sweep_a_capture_is_killed_at_every_step() {
+    let sweep = Sweep::new(Mode::Freeze, Store::Directory);
+    let steps = without_the_like(&sweep.steps(None));
+    for needed in ["guest-fsfreeze-freeze", "qom-set", "store seal", "journal: request"] {
+        assert!(steps.iter().any(|step| step.contains(needed)), "no {needed} in {steps:?}");
+    }
+    each(&steps, |step| sweep.kill_at(step));
+    sweep.end();
+}
+
+#[test]
+#[ignore = "needs root, QEMU and minutes"]
+fn qemu_sweep_a_recovery_is_killed_at_every_step() {
+    let sweep = Sweep::new(Mode::Freeze, Store::Directory);
+    // Everything is there by then, and the guest is frozen.
+    let killed = "before guest-fsfreeze-thaw 1";
+    let steps = sweep.steps(Some(killed));
+    assert!(steps.iter().any(|step| step.contains("qom-set")), "{steps:?}");
+    each(&steps, |step| sweep.kill_twice(killed, step));
+    sweep.end();
+}
+
+#[test]
+#[ignore = "needs root, QEMU, SeaweedFS and minutes"]
+fn qemu_sweep_a_capture_to_a_bucket_is_killed_where_others_are_not() {
+    let sweep = Sweep::new(Mode::Crash, Store::Bucket);
+    let steps = without_the_like(&sweep.steps(None));
+    let own = |step: &&String| step.contains("store") || step.contains("part");
+    let steps: Vec<_> = steps.iter().filter(own).cloned().collect();
+    each(&steps, |step| sweep.kill_at(step));
+}
+
+#[test]
+#[ignore = "needs root, QEMU and minutes"]
+fn qemu_sweep_a_shutdown_is_killed_at_every_step() {
+    let sweep = Sweep::new(Mode::Stop, Store::Directory);
+    let steps = sweep.steps(None);
+    let own = ["set-action", "guest-shutdown", "system_reset", "cont", "qom-set", "guard"];
+    // Of those that a shutdown shares with others, what comes before the
+    // guest runs again.
+    let own = |step: &&String| own.iter().any(|own| kind(step).ends_with(own));
+    let until = steps.iter().position(|step| step == "after guard lifted 1").unwrap();
+    let steps: Vec<_> = steps[..=until].iter().filter(own).cloned().collect();
+    assert!(steps.iter().any(|step| step.contains("system_reset")), "{steps:?}");
+    each(&steps, |step| sweep.kill_at(step));
+    sweep.end();
+}
+
+/// `make soak SWEEPS=N`.
+#[test]
+#[ignore = "needs root, QEMU, SeaweedFS and as long as it is given"]
+fn qemu_sweep_random_kills() {
+    let count = env::var("IMAGED_TEST_SWEEPS").map_or(1, |count| count.parse::<u64>().unwrap());
+    let first = env::var("IMAGED_TEST_SEED").ok().map(|seed| seed.parse::<u64>().unwrap());
+    let first = first.unwrap_or_else(|| u64::from(std::process::id()) << 20);
+    // The product of modes and stores, in turns.
+    let product: Vec<_> = Mode::ALL
+        .into_iter()
+        .flat_map(|mode| [(mode, Store::Directory), (mode, Store::Bucket)])
+        .collect();
+    let mut violations = Vec::new();
+    let mut done = 0;
+    for (turn, (mode, store)) in product.iter().enumerate() {
+        let seeds: Vec<_> = (first..first + count)
+            .filter(|seed| seed % product.len() as u64 == turn as u64)
+            .collect();
+        if seeds.is_empty() {
+            continue;
+        }
+        let mut sweep = Sweep::new(*mode, *store);
+        let steps = sweep.steps(None);
+        for seed in seeds {
+            let random = crate::lab::noise(16, seed);
+            let number = usize::from(u16::from_le_bytes([random[1], random[2]]));
+            let kept = catch_unwind(AssertUnwindSafe(|| match random[0] % 2 {
+                0 => sweep.kill_at(&steps[number % steps.len()]),
+                _ => sweep.kill_after(Duration::from_millis(number as u64 % 6000)),
+            }));
+            done += 1;
+            if let Err(panic) = kept {
+                println!("seed {seed}, {mode:?} to {store:?}: {}", said(&panic));
+                violations.push(seed);
+                // What is left must not be held against the next.
+                sweep = Sweep::new(*mode, *store);
+            }
+        }
+    }
+    println!("{done} sweeps, {} violations", violations.len());
+    assert!(violations.is_empty(), "replay with IMAGED_TEST_SEED=SEED: {violations:?}");
+}
