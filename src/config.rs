@@ -67,6 +67,8 @@ pub struct Config {
     /// `/etc/imaged/instances.d`.
     #[serde(deserialize_with = "absolute")]
     pub instances_dir: PathBuf,
+    /// The libvirtd whose domains are instances. Default: `qemu:///system`.
+    pub libvirt_uri: String,
     /// Directories in which a volume must lie, at any depth, to be named
     /// with `--boot-volume`: the path itself, and where its symbolic links
     /// lead (a logical volume lies in `/dev`). Default: none, because whoever
@@ -153,6 +155,7 @@ impl Default for Config {
             socket_group: None,
             state_dir: "/var/lib/imaged".into(),
             instances_dir: "/etc/imaged/instances.d".into(),
+            libvirt_uri: "qemu:///system".into(),
             boot_volume_dirs: Vec::new(),
             restore_dirs: Vec::new(),
             default_compartment: CompartmentId::default(),
@@ -414,7 +417,7 @@ mod tests {
 
     #[test]
     fn an_unknown_key_names_file_line_and_key() {
-        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `boot_volume_dirs`, `restore_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `scratch_dir`, `scratch_size`, `read_rate`, `max_read_rate`, `max_upload_rate`, `latency_percent`, `progress_timeout_seconds`, `default_store`, `stores`");
+        insta::assert_snapshot!(refused("# mine\nsokcet = \"/run/x\"\n"), @"/etc/imaged/imaged.toml, line 2: sokcet: unknown key, expected one of `socket`, `socket_group`, `state_dir`, `instances_dir`, `libvirt_uri`, `boot_volume_dirs`, `restore_dirs`, `default_compartment`, `encode_threads`, `read_depth`, `max_volume_size`, `warn_volume_size`, `max_captures`, `max_queued`, `scratch_dir`, `scratch_size`, `read_rate`, `max_read_rate`, `max_upload_rate`, `latency_percent`, `progress_timeout_seconds`, `default_store`, `stores`");
     }
 
     #[test]

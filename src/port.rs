@@ -26,7 +26,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         ByteSize, ImageId, Timestamp, WorkRequestId,
-        host::{Space, Traffic},
+        host::{Feature, Space, Traffic},
         image::{Manifest, ObjectDigest, Record, Stored},
         instance::{Instance, PowerState},
         live::{LiveSource, Mode, PointInTime, Undo},
@@ -51,6 +51,12 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// Never fails: those that cannot be told of now are missing. Bounded to
     /// a few seconds.
     fn instances(&self) -> BoxFuture<'_, Vec<Instance>> {
+        Box::pin(async { Vec::new() })
+    }
+
+    /// What it can do on this host, and what each missing part lacks. Bounded
+    /// to a few seconds.
+    fn features(&self) -> BoxFuture<'_, Vec<Feature>> {
         Box::pin(async { Vec::new() })
     }
 
@@ -189,6 +195,15 @@ pub trait LiveSnapshot: Send + Sync + fmt::Debug {
     fn release(self: Box<Self>) -> BoxFuture<'static, Result<ByteSize>>;
 }
 
+/// Who says which volume it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Named {
+    /// Whoever asks: it must lie where the configuration allows.
+    ByRequest,
+    /// The instance whose boot volume it is: it may lie anywhere.
+    ByInstance,
+}
+
 /// The volumes of this host.
 pub trait Volumes: Send + Sync + fmt::Debug {
     /// Opens the volume at `path` for reading and keeps everyone else from
@@ -199,7 +214,11 @@ pub trait Volumes: Send + Sync + fmt::Debug {
     /// `VOLUME_NOT_ALLOWED`, `VOLUME_NOT_FOUND`, `VOLUME_UNUSABLE`,
     /// `VOLUME_EMPTY`, `VOLUME_HELD` (naming the holder) and
     /// `VOLUME_UNAVAILABLE`.
-    fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>>;
+    fn hold<'a>(
+        &'a self,
+        path: &'a Path,
+        named: Named,
+    ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>>;
     /// Takes the block device or file at `path`, which nobody else may use, to
     /// write an image of `size` bytes over it; a file that does not exist is
     /// made. Changes nothing yet.

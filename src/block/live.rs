@@ -5,6 +5,7 @@
 //!                                  ▲ scratch: what was overwritten meanwhile?
 //!                                  └ snapshot: what was there before
 //! other:  snapshot ──NBD──► pieces
+//! backup: its export ──NBD──► pieces
 //! ```
 //! [`reconcile`](super::reconcile) has the argument why the first is right.
 
@@ -25,7 +26,11 @@ use super::{
 };
 use crate::{
     error::{Error, Reason, Result},
-    model::{ByteSize, live::LiveSource, upload::VolumeMark},
+    model::{
+        ByteSize,
+        live::{BackupSource, FilterSource, LiveSource},
+        upload::VolumeMark,
+    },
     port::{HeldVolume, Pace, Piece, VolumeFacts},
     sys::slab::Buffer,
 };
@@ -48,8 +53,19 @@ pub(super) struct Live {
 
 #[derive(Debug)]
 enum Way {
-    Beside { source: Source, scratch: ScratchExport, snapshot: SnapshotExport },
-    Exports { snapshot: Client<Buffer>, live: Client<Buffer>, scratch: ScratchExport },
+    Beside {
+        source: Source,
+        scratch: ScratchExport,
+        snapshot: SnapshotExport,
+    },
+    Exports {
+        snapshot: Client<Buffer>,
+        live: Client<Buffer>,
+        scratch: ScratchExport,
+    },
+    /// QEMU answers from one view, map and bytes, of what was saved over what
+    /// is there: what it calls zeroes was zeroes then.
+    Backup(Client<Buffer>),
 }
 
 impl Live {
@@ -59,6 +75,29 @@ impl Live {
         allowed: &[PathBuf],
         settings: ReaderSettings,
         from: &LiveSource,
+        pace: Pace,
+    ) -> Result<Self> {
+        match from {
+            LiveSource::Filter(from) => Self::of_filter(host, allowed, settings, from, pace),
+            LiveSource::Backup(from) => Self::of_backup(settings, from, pace),
+        }
+    }
+
+    fn of_backup(settings: ReaderSettings, from: &BackupSource, pace: Pace) -> Result<Self> {
+        let BackupSource { size, volume, socket, export } = from.clone();
+        let endpoint = Endpoint { socket, export, role: Role::Volume };
+        let client = Client::<Buffer>::connect(&endpoint, Asks::Content, PATIENCE)?;
+        check_size(&client, size)?;
+        let data = map::everything(size.get());
+        let facts = VolumeFacts { path: volume, size, sector_size: 512, data };
+        Ok(Self { facts, settings, pace, from: 0, way: Some(Way::Backup(client)) })
+    }
+
+    fn of_filter(
+        host: &Host,
+        allowed: &[PathBuf],
+        settings: ReaderSettings,
+        from: &FilterSource,
         pace: Pace,
     ) -> Result<Self> {
         let connect = |export: &str, role, asks| {
@@ -134,6 +173,15 @@ impl HeldVolume for Live {
                     pace: &self.pace,
                 };
                 read_all(&mut snapshot, guide, wanted, pieces, stop)
+            }
+            Some(Way::Backup(mut export)) => {
+                let wanted = Wanted {
+                    size: self.facts.size,
+                    from: self.from,
+                    depth: self.settings.depth,
+                    pace: &self.pace,
+                };
+                read_all(&mut export, Guide::Own, wanted, pieces, stop)
             }
             None => Err(Error::new(
                 Reason::Internal,

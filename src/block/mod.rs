@@ -50,7 +50,7 @@ pub use self::{queue::Engine, reader::ReaderSettings};
 use crate::{
     error::{Error, Reason, Result},
     model::{ByteSize, live::LiveSource, upload::VolumeMark},
-    port::{BoxFuture, HeldVolume, Pace, Piece, Target, VolumeFacts, Volumes},
+    port::{BoxFuture, HeldVolume, Named, Pace, Piece, Target, VolumeFacts, Volumes},
     sys::ring::{Mode, Ring},
 };
 
@@ -148,12 +148,23 @@ impl HostVolumes {
 }
 
 impl Volumes for HostVolumes {
-    fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
+    fn hold<'a>(
+        &'a self,
+        path: &'a Path,
+        named: Named,
+    ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let asked = path.to_owned();
-        Box::pin(self.open(path, &self.allowed, move |host, allowed, settings| {
-            let held = hold(host, allowed, settings, &asked)?;
-            Ok(Box::new(held) as Box<dyn HeldVolume>)
-        }))
+        let allowed = match named {
+            Named::ByRequest => Arc::clone(&self.allowed),
+            Named::ByInstance => [path.to_owned()].into(),
+        };
+        Box::pin(async move {
+            let held = self.open(path, &allowed, move |host, allowed, settings| {
+                let held = hold(host, allowed, settings, &asked)?;
+                Ok(Box::new(held) as Box<dyn HeldVolume>)
+            });
+            held.await
+        })
     }
 
     fn target<'a>(
@@ -177,7 +188,7 @@ impl Volumes for HostVolumes {
         pace: Pace,
     ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let from = source.clone();
-        Box::pin(self.open(&source.volume, &self.allowed, move |host, allowed, settings| {
+        Box::pin(self.open(source.volume(), &self.allowed, move |host, allowed, settings| {
             let live = Live::open(host, allowed, settings, &from, pace)?;
             Ok(Box::new(live) as Box<dyn HeldVolume>)
         }))

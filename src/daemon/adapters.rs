@@ -7,7 +7,7 @@ use crate::{
     block::{self, HostVolumes, ReaderSettings},
     config::{Config, StoreConfig},
     error::{Context, Reason, Result},
-    hypervisor::{Hosts, QemuHost},
+    hypervisor::{Hosts, LibvirtHost, QemuHost},
     model::{host::Feature, instance::Instance},
     port::{BoxFuture, Clock, ObjectStore},
     store::{
@@ -37,6 +37,17 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let captures = u16::try_from(config.max_captures.get()).unwrap_or(u16::MAX);
     let reader = ReaderSettings { engine, depth: (config.read_depth.get() / captures).max(1) };
     let host_id = host_id()?;
+    let guards = Arc::default();
+    let hypervisors = Hosts {
+        qemu: QemuHost::new(config.scratch_dir.clone(), Arc::clone(&guards)),
+        libvirt: LibvirtHost::new(
+            config.libvirt_uri,
+            super::uname()?.name,
+            config.default_compartment,
+            config.scratch_dir,
+            guards,
+        ),
+    };
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new()?);
     let owner = Owner { state_dir: config.state_dir, host_id };
     let outlets = Arc::new(ParOutlets::new(owner.name()));
@@ -45,7 +56,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let confinement = confinement(workers.clone()).await?;
     Ok(Parts {
         clock: Arc::clone(&clock),
-        hypervisor: Arc::new(Hosts { qemu: QemuHost::new(config.scratch_dir, Arc::default()) }),
+        hypervisor: Arc::new(hypervisors),
         volumes: Arc::new(HostVolumes::new(allowed, reader).restoring_to(config.restore_dirs)),
         stores: stores.collect(),
         outlets,

@@ -25,7 +25,7 @@ use std::{
 
 use nix::sys::signal::{SigSet, Signal};
 
-use super::live;
+use super::{libvirt, live};
 use crate::{
     error::{Context, Error, Reason, Result},
     model::live::{SnapshotUndo, Undo},
@@ -54,7 +54,8 @@ impl fmt::Debug for Guards {
 
 impl Guards {
     /// Sets a guard over a guest that is about to be held. It stands until it
-    /// is [lifted](Self::lift), or this process ends.
+    /// is [lifted](Self::lift), or this process ends. A second one of the
+    /// same guest takes the first one's place.
     ///
     /// # Errors
     ///
@@ -88,8 +89,10 @@ impl Guards {
 
 /// What tells one from others.
 fn key(undo: &Undo) -> String {
-    let SnapshotUndo::Filter(filter) = &undo.snapshot;
-    filter.tag.clone()
+    match &undo.snapshot {
+        SnapshotUndo::Filter(filter) => filter.tag.clone(),
+        SnapshotUndo::Backup(backup) => backup.tag.clone(),
+    }
 }
 
 /// Starts a guard, and tells it of the guest. Blocks.
@@ -154,7 +157,11 @@ async fn let_go(undo: &Undo) -> Result<()> {
     let begun = Instant::now();
     let recorder = Arc::new(Recorder::new());
     loop {
-        let error: Error = match live::let_go(undo, &recorder).await {
+        let let_go = match &undo.snapshot {
+            SnapshotUndo::Filter(_) => live::let_go(undo, &recorder).await,
+            SnapshotUndo::Backup(_) => libvirt::stand_by(undo, &recorder).await,
+        };
+        let error: Error = match let_go {
             Ok(()) => return Ok(()),
             Err(error) => error,
         };

@@ -3,10 +3,11 @@
 
 use std::sync::Arc;
 
-use super::QemuHost;
+use super::{LibvirtHost, QemuHost};
 use crate::{
-    error::{Error, Reason, Result},
+    error::Result,
     model::{
+        host::Feature,
         instance::{Instance, Machine, PowerState},
         live::Undo,
         upload::ResumeSource,
@@ -20,26 +21,30 @@ use crate::{
 pub struct Hosts {
     /// Plain QEMU, which is everywhere.
     pub qemu: QemuHost,
+    /// libvirt, where it is.
+    pub libvirt: LibvirtHost,
 }
 
 impl Hosts {
-    fn of(&self, machine: &Machine) -> Result<&dyn Hypervisor> {
+    fn of(&self, machine: &Machine) -> &dyn Hypervisor {
         match machine {
-            Machine::Qemu(_) => Ok(&self.qemu),
-            Machine::Domain(domain) => Err(Error::new(
-                Reason::HypervisorUnavailable,
-                format!("nothing here can speak of the domain {}", domain.domain),
-            )),
+            Machine::Qemu(_) => &self.qemu,
+            Machine::Domain(_) => &self.libvirt,
         }
     }
 }
 
 impl Hypervisor for Hosts {
+    fn instances(&self) -> BoxFuture<'_, Vec<Instance>> {
+        self.libvirt.instances()
+    }
+
+    fn features(&self) -> BoxFuture<'_, Vec<Feature>> {
+        self.libvirt.features()
+    }
+
     fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState> {
-        match self.of(&instance.machine) {
-            Ok(host) => host.power_state(instance),
-            Err(error) => Box::pin(async move { PowerState::Unknown(error.to_string()) }),
-        }
+        self.of(&instance.machine).power_state(instance)
     }
 
     fn prepare<'a>(
@@ -48,10 +53,7 @@ impl Hypervisor for Hosts {
         order: SnapshotOrder,
         recorder: Arc<Recorder>,
     ) -> BoxFuture<'a, Result<Box<dyn Prepared>>> {
-        match self.of(&instance.machine) {
-            Ok(host) => host.prepare(instance, order, recorder),
-            Err(error) => Box::pin(async { Err(error) }),
-        }
+        self.of(&instance.machine).prepare(instance, order, recorder)
     }
 
     fn regain<'a>(
@@ -60,16 +62,10 @@ impl Hypervisor for Hosts {
         source: &'a ResumeSource,
         recorder: Arc<Recorder>,
     ) -> BoxFuture<'a, Result<Box<dyn LiveSnapshot>>> {
-        match self.of(&undo.machine) {
-            Ok(host) => host.regain(undo, source, recorder),
-            Err(error) => Box::pin(async { Err(error) }),
-        }
+        self.of(&undo.machine).regain(undo, source, recorder)
     }
 
     fn undo<'a>(&'a self, undo: &'a Undo, recorder: Arc<Recorder>) -> BoxFuture<'a, Result<()>> {
-        match self.of(&undo.machine) {
-            Ok(host) => host.undo(undo, recorder),
-            Err(error) => Box::pin(async { Err(error) }),
-        }
+        self.of(&undo.machine).undo(undo, recorder)
     }
 }

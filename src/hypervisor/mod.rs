@@ -5,6 +5,7 @@
 //! qemu      whether a QEMU runs
 //! qmp       commands to QEMU          ┐ allow-lists, published
 //! agent     commands to the guest     ┘ in docs/qemu-commands.md
+//! libvirt   the domains of libvirt, by virsh
 //! live      snapshots of running instances, with both
 //! guard     lets guests go when imaged cannot
 //! keep      what of it may be recorded
@@ -15,6 +16,7 @@ mod allowed;
 pub mod guard;
 mod hosts;
 mod keep;
+mod libvirt;
 pub mod lines;
 mod live;
 mod qemu;
@@ -23,5 +25,6 @@ mod refusal;
 
 pub use allowed::Allowed;
 pub use hosts::Hosts;
+pub use libvirt::LibvirtHost;
 pub use qemu::QemuHost;
 pub use refusal::Refusal;

@@ -1,6 +1,6 @@
 //! Snapshots of running instances.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -78,6 +78,8 @@ impl Held {
 pub enum SnapshotUndo {
     /// A copy-before-write filter in QEMU.
     Filter(Filter),
+    /// A backup of libvirt's.
+    Backup(Backup),
 }
 
 /// A copy-before-write filter in QEMU, with all that belongs to it.
@@ -92,6 +94,32 @@ pub struct Filter {
     pub node: String,
     /// Directory of the scratch file and the socket, both worthless.
     pub dir: PathBuf,
+}
+
+/// A backup of libvirt's, with all that belongs to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Backup {
+    /// In the name of its export, by which it is known.
+    pub tag: String,
+    /// The domain's disk, in libvirt's words.
+    pub target: String,
+    /// Directory of the order, the scratch file and the socket, all worthless.
+    pub dir: PathBuf,
+    /// The libvirtd that does it.
+    pub uri: String,
+    /// Which start of the domain it was taken of: libvirt counts them.
+    pub started: u32,
+    /// Most bytes that the guest may overwrite.
+    pub scratch: ByteSize,
+}
+
+impl Backup {
+    /// The name of its export.
+    #[must_use]
+    pub fn export(&self) -> String {
+        format!("imaged-{}", self.tag)
+    }
 }
 
 /// A point in time that was taken.
@@ -150,8 +178,43 @@ pub struct Rehearsal {
 
 /// Where a snapshot is read.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum LiveSource {
+    /// The exports of a copy-before-write filter.
+    Filter(FilterSource),
+    /// The one export of a backup.
+    Backup(BackupSource),
+}
+
+impl LiveSource {
+    /// The volume's path.
+    #[must_use]
+    pub fn volume(&self) -> &Path {
+        match self {
+            Self::Filter(source) => &source.volume,
+            Self::Backup(source) => &source.volume,
+        }
+    }
+}
+
+/// Where the snapshot of a libvirt backup is read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct LiveSource {
+pub struct BackupSource {
+    /// The volume's exact size.
+    pub size: ByteSize,
+    /// The volume's path.
+    pub volume: PathBuf,
+    /// NBD server of the export.
+    pub socket: PathBuf,
+    /// Export of the volume as it was, with a map of its own.
+    pub export: String,
+}
+
+/// Where the snapshot of a copy-before-write filter is read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FilterSource {
     /// The volume's exact size.
     pub size: ByteSize,
     /// The volume's path.

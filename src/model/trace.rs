@@ -71,6 +71,8 @@ pub enum Channel {
     Agent,
     /// imaged itself.
     Imaged,
+    /// libvirt, by virsh.
+    Libvirt,
 }
 
 /// What an entry is.

@@ -444,6 +444,7 @@ impl From<Trace> for pb::WorkRequestTrace {
                 Channel::Qmp => PbChannel::Qmp,
                 Channel::Agent => PbChannel::Agent,
                 Channel::Imaged => PbChannel::Imaged,
+                Channel::Libvirt => PbChannel::Libvirt,
             }
             .into(),
             kind: match entry.kind {

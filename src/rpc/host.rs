@@ -92,12 +92,13 @@ impl Host {
             matches!(request.status, InProgress | Canceling)
         });
         let rates = self.work.rates();
+        let found = self.work.features().await;
         pb::Host {
             hostname: facts.hostname.clone(),
             imaged_version: env!("CARGO_PKG_VERSION").into(),
             kernel_release: facts.kernel_release.clone(),
             architecture: facts.architecture.clone(),
-            features: facts.features.iter().cloned().map(Into::into).collect(),
+            features: facts.features.iter().cloned().chain(found).map(Into::into).collect(),
             stores: stores(facts).await,
             encode_threads: u32::try_from(facts.encode_threads).unwrap_or(u32::MAX),
             work_requests_in_progress: u32::try_from(active.count()).unwrap_or(u32::MAX),

@@ -52,6 +52,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         ByteSize, CompartmentId, ImageId, WorkRequestId,
+        host::Feature,
         image::{Image, ImageState},
         instance::{Instance, PowerState},
         live::Mode,
@@ -253,8 +254,18 @@ impl Work {
     /// hypervisor tells of. Bounded to some seconds.
     pub async fn instances(&self) -> Vec<Instance> {
         let mut instances = self.0.settings.instances.clone();
-        instances.extend(self.0.ports.hypervisor.instances().await);
+        let told = self.0.ports.hypervisor.instances().await;
+        // One that has a file is the file's.
+        let new = |instance: &Instance| {
+            !self.0.settings.instances.iter().any(|known| known.name == instance.name)
+        };
+        instances.extend(told.into_iter().filter(new));
         instances
+    }
+
+    /// What its hypervisors can do on this host. Bounded to some seconds.
+    pub async fn features(&self) -> Vec<Feature> {
+        self.0.ports.hypervisor.features().await
     }
 
     /// The instance with this OCID or name.

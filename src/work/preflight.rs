@@ -10,7 +10,7 @@ use crate::{
         instance::{Instance, PowerState},
         live::Mode,
     },
-    port::{HeldVolume, Prepared, SnapshotOrder},
+    port::{HeldVolume, Named, Prepared, SnapshotOrder},
     recorder::Recorder,
 };
 
@@ -52,7 +52,8 @@ impl Work {
                 }
             }
         }
-        let held = self.0.ports.volumes.hold(volume).await;
+        let named = instance.map_or(Named::ByRequest, |_| Named::ByInstance);
+        let held = self.0.ports.volumes.hold(volume, named).await;
         let held = held.map_err(|error| match instance {
             Some(_) if error.field_name() == Some("boot_volume") => error.field("instance_id"),
             _ => error,

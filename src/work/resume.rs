@@ -22,7 +22,7 @@ use crate::{
         upload::{KeptPart, Resume, ResumeSource},
         work_request::{Status, WorkRequest},
     },
-    port::{HeldVolume, ObjectStore, Upload},
+    port::{HeldVolume, Named, ObjectStore, Upload},
 };
 
 /// How often a store that is away is tried again.
@@ -98,7 +98,11 @@ impl Interrupted {
         match (&self.resume.source, &self.undo) {
             (ResumeSource::AtRest(mark), _) => {
                 let path = &self.resume.origin.source_volume;
-                let held = ports.volumes.hold(path).await?;
+                let named = match &self.resume.origin.source_instance_id {
+                    Some(_) => Named::ByInstance,
+                    None => Named::ByRequest,
+                };
+                let held = ports.volumes.hold(path, named).await?;
                 if held.mark().as_ref() != Some(mark) {
                     let context = format!(
                         "the volume {} was written to, or exchanged, while imaged was away",

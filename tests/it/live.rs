@@ -26,7 +26,7 @@ use crate::{
 
 /// Appends numbered records with a checksum to /records, each with fsync, and
 /// keeps the longest time that one took, in microseconds, in /run/longest.
-const WRITER: &str = r#"
+pub const WRITER: &str = r#"
 use strict; use IO::Handle; use Time::HiRes qw(time);
 open(my $records, '>>', '/records') or die $!;
 $records->autoflush(1);

@@ -18,6 +18,7 @@ mod weed;
 
 mod export;
 mod image;
+mod libvirt;
 mod lifecycle;
 mod limits;
 mod live;

@@ -25,7 +25,8 @@ use imaged::{
         work_request_service_client::WorkRequestServiceClient,
     },
     port::{
-        BoxFuture, Delete, HeldVolume, ObjectReader, ObjectStore, Pace, Target, Upload, Volumes,
+        BoxFuture, Delete, HeldVolume, Named, ObjectReader, ObjectStore, Pace, Target, Upload,
+        Volumes,
     },
     store::ParOutlets,
     worker::Workers,
@@ -43,7 +44,7 @@ use tonic_types::StatusExt;
 struct NoVolumes;
 
 impl Volumes for NoVolumes {
-    fn hold<'a>(&'a self, path: &'a Path) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
+    fn hold<'a>(&'a self, path: &'a Path, _: Named) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let error = Error::new(Reason::VolumeNotFound, format!("no volume {}", path.display()));
         Box::pin(async { Err(error) })
     }
@@ -52,7 +53,7 @@ impl Volumes for NoVolumes {
         source: &'a LiveSource,
         _: Pace,
     ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
-        self.hold(&source.volume)
+        self.hold(source.volume(), Named::ByInstance)
     }
     fn target<'a>(&'a self, path: &'a Path, _: ByteSize) -> BoxFuture<'a, Result<Box<dyn Target>>> {
         let error = Error::new(Reason::VolumeNotFound, format!("no volume {}", path.display()));

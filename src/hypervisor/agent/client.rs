@@ -1,7 +1,7 @@
 //! A client of a guest agent.
 
 use std::{
-    io,
+    fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -24,6 +24,7 @@ use super::{
 use crate::{
     error::{Cause, Context, Error, Reason, Result},
     hypervisor::{
+        libvirt::{Failed, Line},
         lines::{Lines, TooLong},
         refusal::seconds,
     },
@@ -47,9 +48,26 @@ const NO_ANSWER: &str = "see that the agent runs in the guest (qemu-guest-agent)
 /// agent keeps the order.
 #[derive(Debug)]
 pub struct Agent {
-    socket: PathBuf,
+    way: Way,
     recorder: Arc<Recorder>,
-    link: Mutex<Option<Link>>,
+}
+
+/// How an agent is reached.
+#[derive(Debug)]
+enum Way {
+    /// By a socket that is ours.
+    Socket { socket: PathBuf, link: Mutex<Option<Link>> },
+    /// By libvirt, whose socket it is.
+    Libvirt(Line),
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Socket { socket, .. } => write!(f, "on {}", socket.display()),
+            Self::Libvirt(_) => f.write_str("by libvirt"),
+        }
+    }
 }
 
 /// A connection to QEMU's end of the agent's line.
@@ -87,9 +105,18 @@ impl Agent {
         recorder: Arc<Recorder>,
         deadline: Instant,
     ) -> Result<Self> {
-        let agent = Self { socket: socket.to_owned(), recorder, link: Mutex::new(None) };
+        let way = Way::Socket { socket: socket.to_owned(), link: Mutex::new(None) };
+        let agent = Self { way, recorder };
         agent.ping(deadline).await?;
         Ok(agent)
+    }
+
+    /// The agent of a domain, whose socket libvirt has: each command is one
+    /// of libvirt's own where it has one (it must know that its guest is
+    /// frozen), and is passed on by it otherwise.
+    pub(in crate::hypervisor) fn of_domain(line: Line) -> Self {
+        let recorder = Arc::clone(&line.recorder);
+        Self { way: Way::Libvirt(line), recorder }
     }
 
     /// Whether the agent answers.
@@ -223,15 +250,23 @@ impl Agent {
         let begun = Instant::now();
         let unavailable = |why: Cause| {
             let context = match call {
-                Call::Ping => format!("no guest agent answers on {}", self.socket.display()),
-                _ => format!("no guest agent answers on {} to {purpose}", self.socket.display()),
+                Call::Ping => format!("no guest agent answers {}", self.way),
+                _ => format!("no guest agent answers {} to {purpose}", self.way),
             };
             Error::new(Reason::GuestAgentUnavailable, context).because(why).advice(NO_ANSWER)
         };
-        let held = timeout_at(deadline, self.link.lock()).await;
+        let (socket, link) = match &self.way {
+            Way::Socket { socket, link } => (socket, link),
+            Way::Libvirt(line) => {
+                self.record(Kind::Command, &call, call.recorded());
+                let said = steps::effect(call.name(), by_libvirt(line, &call, deadline)).await;
+                return self.heard(said, &call, begun, unavailable);
+            }
+        };
+        let held = timeout_at(deadline, link.lock()).await;
         let mut held =
             held.map_err(|_| unavailable("another command waits for its answer".into()))?;
-        match timeout_at(deadline, self.in_step(&mut held)).await {
+        match timeout_at(deadline, self.in_step(socket, &mut held)).await {
             Ok(Ok(())) => {}
             Ok(Err(cause)) => return Err(unavailable(cause.into())),
             Err(_) => {
@@ -249,19 +284,7 @@ impl Agent {
             _ => exchanged.await,
         };
         match exchanged {
-            Ok(Ok(Answer::Done(value))) => {
-                self.record(Kind::Answer, &call, Some(call.keep().of_text(value.get())));
-                read(&value, &purpose)
-            }
-            Ok(Ok(Answer::Refused(refusal))) => {
-                self.record(Kind::Refusal, &call, Some(refusal.to_string().into()));
-                let reason = match refusal.is_unknown_command() {
-                    true => Reason::GuestAgentDisabled,
-                    false => Reason::GuestAgentRefused,
-                };
-                let context = format!("the guest agent refused to {purpose}");
-                Err(Error::new(reason, context).because(refusal))
-            }
+            Ok(Ok(answer)) => self.answered(&answer, &call),
             // It was sent, so nobody knows.
             Ok(Err(cause)) => {
                 self.recorder.note(format!("the agent's answer was lost: {cause}"));
@@ -278,8 +301,65 @@ impl Agent {
         }
     }
 
+    /// What an answer is worth.
+    fn answered<A: DeserializeOwned>(&self, answer: &Answer, call: &Call) -> Result<A> {
+        let purpose = call.purpose();
+        match answer {
+            Answer::Done(value) => {
+                self.record(Kind::Answer, call, Some(call.keep().of_text(value.get())));
+                read(value, &purpose)
+            }
+            Answer::Refused(refusal) => {
+                self.record(Kind::Refusal, call, Some(refusal.to_string().into()));
+                let reason = match refusal.is_unknown_command() {
+                    true => Reason::GuestAgentDisabled,
+                    false => Reason::GuestAgentRefused,
+                };
+                let context = format!("the guest agent refused to {purpose}");
+                Err(Error::new(reason, context).because(refusal.clone()))
+            }
+        }
+    }
+
+    /// What libvirt says of an agent.
+    fn heard<A: DeserializeOwned>(
+        &self,
+        said: Result<Answer, Failed>,
+        call: &Call,
+        begun: Instant,
+        unavailable: impl FnOnce(Cause) -> Error,
+    ) -> Result<A> {
+        let purpose = call.purpose();
+        let failed = match said {
+            Ok(answer) => return self.answered(&answer, call),
+            Err(failed) => failed,
+        };
+        self.record(Kind::Refusal, call, Some(failed.to_string().into()));
+        Err(match failed {
+            Failed::NoConnection(_) | Failed::Io(_) => unavailable(failed.into()),
+            Failed::Refused(ref words) if words.contains("agent is not co") => {
+                unavailable(failed.into())
+            }
+            Failed::Refused(ref words)
+                if words.contains("unable to execute QEMU agent command") =>
+            {
+                let context = format!("the guest agent refused to {purpose}");
+                Error::new(Reason::GuestAgentRefused, context).because(failed)
+            }
+            Failed::Late => {
+                let waited = seconds(begun.elapsed());
+                let context = format!("the guest agent did not {purpose} within {waited}");
+                Error::new(Reason::GuestAgentTimeout, context)
+            }
+            failed => {
+                let context = format!("the guest agent was lost while asked to {purpose}");
+                Error::new(Reason::GuestAgentTimeout, context).because(failed)
+            }
+        })
+    }
+
     /// Connects if there is no connection, and syncs unless it is in step.
-    async fn in_step(&self, held: &mut Option<Link>) -> Result<(), Broken> {
+    async fn in_step(&self, socket: &Path, held: &mut Option<Link>) -> Result<(), Broken> {
         // Half a message cannot be finished, and a fresh connection is what
         // helps against a closed one.
         if held.as_mut().is_some_and(|link| !link.whole || link.has_ended()) {
@@ -287,7 +367,7 @@ impl Agent {
         }
         let link = match held {
             Some(link) => link,
-            None => held.insert(Link::open(&self.socket).await?),
+            None => held.insert(Link::open(socket).await?),
         };
         if link.in_step {
             return Ok(());
@@ -312,6 +392,30 @@ impl Agent {
     fn record(&self, kind: Kind, call: &Call, data: Option<serde_json::Value>) {
         self.recorder.record(call.lane(), Channel::Agent, kind, call.name(), None, data);
     }
+}
+
+/// Has libvirt ask an agent. A freeze is libvirt's own: it keeps in mind that
+/// its guest is frozen, and refuses another.
+async fn by_libvirt(line: &Line, call: &Call, deadline: Instant) -> Result<Answer, Failed> {
+    let odd = |cause: &dyn fmt::Display| Failed::Lost(format!("an odd answer: {cause}"));
+    let verb = match call {
+        Call::FsfreezeFreeze => "domfsfreeze",
+        Call::FsfreezeThaw => "domfsthaw",
+        _ => {
+            let asked = serde_json::to_string(call).map_err(|cause| odd(&cause))?;
+            let patience = deadline.saturating_duration_since(Instant::now()).as_secs().max(1);
+            let patience = patience.to_string();
+            let more = [asked.as_str(), "--timeout", &patience];
+            let said = line.agent("qemu-agent-command", &more, deadline).await?;
+            return codec::decode(said.trim().as_bytes()).map_err(|cause| odd(&cause));
+        }
+    };
+    // "Froze 3 filesystem(s)", in C's words.
+    let said = line.agent(verb, &[], deadline).await?;
+    let count = said.split_whitespace().find_map(|word| word.parse::<u32>().ok());
+    let count = count.ok_or_else(|| odd(&said.trim()))?;
+    let count = RawValue::from_string(count.to_string()).map_err(|cause| odd(&cause))?;
+    Ok(Answer::Done(count))
 }
 
 fn read<A: DeserializeOwned>(value: &RawValue, purpose: &str) -> Result<A> {

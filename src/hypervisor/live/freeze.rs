@@ -32,7 +32,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// A guest that can be frozen, and thaws by itself where that is possible.
 #[derive(Debug)]
-pub(super) struct Freezer {
+pub(in crate::hypervisor) struct Freezer {
     agent: Agent,
     deadline: Duration,
     /// Whether the agent starts programs, so that a fuse can be armed.
@@ -43,7 +43,7 @@ pub(super) struct Freezer {
 
 /// What came of a freeze.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Frozen {
+pub(in crate::hypervisor) struct Frozen {
     pub filesystems: u32,
     /// How many were still frozen when they were thawed.
     pub thawed: u32,
@@ -159,7 +159,7 @@ impl Freezer {
 }
 
 /// Whether a freeze that ended so froze nothing.
-pub(super) fn nothing_frozen(error: &Error) -> bool {
+pub(in crate::hypervisor) fn nothing_frozen(error: &Error) -> bool {
     matches!(
         error.reason(),
         Reason::GuestAgentRefused | Reason::GuestAgentUnavailable | Reason::GuestAgentDisabled
@@ -171,7 +171,7 @@ pub(super) fn nothing_frozen(error: &Error) -> bool {
 /// # Errors
 ///
 /// The last try's. The guest may be frozen then.
-pub(super) async fn thaw(agent: &Agent, recorder: &Recorder) -> Result<u32> {
+pub(in crate::hypervisor) async fn thaw(agent: &Agent, recorder: &Recorder) -> Result<u32> {
     let end = within(THAW);
     loop {
         let error = match agent.thaw(within(THAW_TRY)).await {

@@ -35,8 +35,12 @@ mod snapshot;
 mod stop;
 mod undo;
 
+pub(super) use freeze::{Freezer, nothing_frozen, thaw};
 pub use prepare::prepare;
+pub(super) use prepare::room;
 pub use snapshot::regain;
+pub(super) use snapshot::{point, unfrozen};
+pub(super) use undo::clean;
 pub use undo::{let_go, undo};
 
 use std::time::Duration;

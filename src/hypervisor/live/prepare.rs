@@ -170,7 +170,7 @@ fn owner(process: Option<u32>) -> Option<(Uid, Gid)> {
 }
 
 /// Scratch that fills the host's disk would hurt others than this image.
-async fn room(dir: PathBuf, wanted: ByteSize) -> Result<()> {
+pub(in crate::hypervisor) async fn room(dir: PathBuf, wanted: ByteSize) -> Result<()> {
     let shown = dir.display().to_string();
     let looked = tokio::task::spawn_blocking(move || {
         if !dir.exists() {

@@ -19,7 +19,7 @@ use super::{
     freeze::{Freezer, Frozen, nothing_frozen},
     names::Names,
     stop::{Down, Stopper},
-    undo::{clean, sockets, take_out},
+    undo::{clean, filter, sockets, take_out},
     within,
 };
 use crate::{
@@ -36,7 +36,7 @@ use crate::{
         ByteSize,
         image::Consistency,
         instance::Instance,
-        live::{Filter, Held, LiveSource, Mode, PointInTime, SnapshotUndo, Undo},
+        live::{Filter, FilterSource, Held, LiveSource, Mode, PointInTime, Undo},
         upload::ResumeSource,
     },
     port::{BoxFuture, DiskWork, LiveSnapshot, Prepared, SnapshotOrder},
@@ -125,7 +125,7 @@ impl Ready {
         self.guards.lift(&self.undo).await;
         self.show().await?;
         let Self { qmp, disk, names, undo, filter, volume, order, .. } = self;
-        let source = LiveSource {
+        let source = LiveSource::Filter(FilterSource {
             size: disk.size,
             volume,
             process: qmp.process(),
@@ -134,7 +134,7 @@ impl Ready {
             snapshot: names.snapshot.to_string(),
             scratch: names.saved.to_string(),
             live: names.live.to_string(),
-        };
+        });
         let events = tokio::sync::Mutex::new(events);
         Ok(Taken { qmp, events, undo, filter, point, source, limit: order.scratch, scratch })
     }
@@ -244,9 +244,11 @@ pub async fn regain(
         Error::new(Reason::SnapshotBroken, context)
             .advice("ask for the image again, with a new retry token")
     };
-    let ResumeSource::Live { point, source, scratch } = source else { return Err(gone()) };
+    let ResumeSource::Live { point, source: LiveSource::Filter(source), scratch } = source else {
+        return Err(gone());
+    };
     let sockets = sockets(&undo.machine, &undo.instance)?;
-    let SnapshotUndo::Filter(filter) = &undo.snapshot;
+    let filter = filter(undo)?;
     let qmp = match Qmp::connect(&sockets.qmp_socket, recorder, within(COMMAND)).await {
         Err(error) if error.reason() == Reason::HypervisorGone => return Err(gone().because(error)),
         connected => connected?,
@@ -262,13 +264,13 @@ pub async fn regain(
     let file = file.await.map_err(io::Error::other).flatten();
     let file = file.map_err(|cause| gone().because(cause))?;
     let events = tokio::sync::Mutex::new(qmp.events());
-    let source = LiveSource { process: qmp.process(), ..source.clone() };
+    let source = LiveSource::Filter(FilterSource { process: qmp.process(), ..source.clone() });
     let (undo, filter, point, limit) = (undo.clone(), filter.clone(), *point, *scratch);
     Ok(Box::new(Taken { qmp, events, undo, filter, point, source, limit, scratch: file }))
 }
 
 /// A point in time that no freeze protects.
-fn unfrozen(window: Duration) -> PointInTime {
+pub(in crate::hypervisor) fn unfrozen(window: Duration) -> PointInTime {
     PointInTime {
         consistency: Consistency::Crash,
         window_micros: micros(window),
@@ -281,7 +283,11 @@ fn unfrozen(window: Duration) -> PointInTime {
 }
 
 /// What the freeze was worth.
-fn point(freezer: &Freezer, frozen: Frozen, mode: Mode) -> Result<PointInTime> {
+pub(in crate::hypervisor) fn point(
+    freezer: &Freezer,
+    frozen: Frozen,
+    mode: Mode,
+) -> Result<PointInTime> {
     let Frozen { filesystems, thawed, window, fuse } = frozen;
     let held = thawed >= filesystems;
     if !held && mode != Mode::FreezeOrCrash {

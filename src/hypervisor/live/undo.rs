@@ -30,7 +30,7 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Those of [`Qmp`] and [`Agent`]; it can be tried again.
 pub async fn undo(undo: &Undo, recorder: Arc<Recorder>) -> Result<()> {
     let sockets = sockets(&undo.machine, &undo.instance)?;
-    let SnapshotUndo::Filter(filter) = &undo.snapshot;
+    let filter = filter(undo)?;
     // What holds the guest first. A guest that does not answer is no reason
     // to leave the rest.
     let let_go = let_go(undo, &recorder).await;
@@ -55,13 +55,28 @@ pub async fn undo(undo: &Undo, recorder: Arc<Recorder>) -> Result<()> {
 /// As [`undo`].
 pub async fn let_go(undo: &Undo, recorder: &Arc<Recorder>) -> Result<()> {
     let sockets = sockets(&undo.machine, &undo.instance)?;
-    let SnapshotUndo::Filter(filter) = &undo.snapshot;
+    let filter = filter(undo)?;
     if undo.held.frozen {
         thaw(&undo.instance, sockets, recorder).await?;
     }
     match undo.held.stopped {
         Some(seconds) => start_again(&undo.instance, sockets, filter, seconds, recorder).await,
         None => Ok(()),
+    }
+}
+
+/// What was put into a QEMU.
+///
+/// # Errors
+///
+/// `INTERNAL`: it is another hypervisor's.
+pub(super) fn filter(undo: &Undo) -> Result<&Filter> {
+    match &undo.snapshot {
+        SnapshotUndo::Filter(filter) => Ok(filter),
+        SnapshotUndo::Backup(_) => {
+            let context = format!("the undo of instance {:?} is not QEMU's", undo.instance);
+            Err(Error::new(Reason::Internal, context))
+        }
     }
 }
 
@@ -160,7 +175,7 @@ async fn switch_back(qmp: &Qmp, instance: &str, ours: &Filter, names: &Names) ->
 }
 
 /// Removes the scratch file and the socket.
-pub(super) async fn clean(dir: &Path) -> Result<()> {
+pub(in crate::hypervisor) async fn clean(dir: &Path) -> Result<()> {
     let of = dir.to_owned();
     let removed = tokio::task::spawn_blocking(move || remove(&of));
     let removed = steps::effect("scratch removed", removed).await;

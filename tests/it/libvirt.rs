@@ -1,0 +1,285 @@
+//! Images of libvirt's domains, with a libvirtd of the tests' own.
+
+use std::{
+    fs,
+    os::unix::net::UnixListener,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use serde_json::{Value, json};
+
+use crate::{
+    lab::{Config, Daemon, run, wait_for},
+    lifecycle::status,
+    live::{WRITER, assert_prefix, capture, object, reading, records, slowly},
+};
+
+const UUID: &str = "4c6a4f0e-5d0e-4f5e-9f07-0c2f4b7f5a11";
+
+/// A libvirtd that nobody else has, with one domain, `web-1`.
+struct Libvirt {
+    dir: tempfile::TempDir,
+    process: Child,
+    _ends: Option<ChildStdin>,
+}
+
+impl Libvirt {
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let log = fs::File::create(dir.path().join("log.txt")).unwrap();
+        let mut process = Command::new("tests/lab/libvirt.sh")
+            .arg(dir.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let ends = process.stdin.take();
+        let libvirt = Self { dir, process, _ends: ends };
+        libvirt.wait();
+        libvirt
+    }
+
+    fn wait(&self) {
+        wait_for("libvirtd to answer", Duration::from_secs(30), || {
+            self.try_virsh(&["version"]).map(|_| ())
+        });
+    }
+
+    /// Has tests/lab/libvirt.sh do something.
+    fn order(&self, order: &str) {
+        let file = self.dir.path().join(order);
+        fs::write(&file, "").unwrap();
+        wait_for("libvirt.sh to obey", Duration::from_secs(10), || (!file.exists()).then_some(()));
+    }
+
+    fn restart(&self) {
+        self.order("stop");
+        self.order("start");
+        self.wait();
+    }
+
+    fn uri(&self) -> String {
+        format!("qemu:///system?socket={}/run/libvirt-sock", self.dir.path().display())
+    }
+
+    fn try_virsh(&self, args: &[&str]) -> Option<String> {
+        let mut virsh = Command::new("virsh");
+        let output = virsh.args(["-c", &self.uri()]).args(args).env("LC_ALL", "C").output();
+        let output = output.unwrap();
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+    }
+
+    fn virsh(&self, args: &[&str]) -> String {
+        self.try_virsh(args).unwrap_or_else(|| panic!("virsh {args:?} failed"))
+    }
+
+    fn disk(&self) -> PathBuf {
+        self.dir.path().join("disk")
+    }
+
+    fn scratch(&self) -> PathBuf {
+        self.dir.path().join("scratch")
+    }
+
+    /// Defines and starts the lab's guest.
+    fn boot(&self) {
+        let guest = PathBuf::from(run("tests/lab/guest.sh", &[]).trim());
+        let original = guest.join("disk.raw").display().to_string();
+        run("cp", &["--sparse=always", &original, self.disk().to_str().unwrap()]);
+        let xml = format!(
+            "<domain type='qemu'><name>web-1</name><uuid>{UUID}</uuid>\
+             <metadata><i:instance xmlns:i='urn:imaged:instance:1'>\
+             <i:compartment>prod</i:compartment><i:shape>VM.Standard2.1</i:shape>\
+             <i:shutdown_seconds>60</i:shutdown_seconds></i:instance></metadata>\
+             <memory unit='MiB'>768</memory><vcpu>1</vcpu>\
+             <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{guest}/vmlinuz</kernel>\
+             <initrd>{guest}/initrd.img</initrd>\
+             <cmdline>root=/dev/vda1 rw quiet init=/sbin/lab-init</cmdline></os>\
+             <features><acpi/></features><cpu mode='maximum'/><seclabel type='none'/><devices>\
+             <disk type='file' device='disk'><driver name='qemu' type='raw'/>\
+             <source file='{disk}'/><target dev='vda' bus='virtio'/></disk>\
+             <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
+             </devices></domain>",
+            guest = guest.display(),
+            disk = self.disk().display(),
+        );
+        let file = self.dir.path().join("web-1.xml");
+        fs::write(&file, xml).unwrap();
+        self.virsh(&["define", file.to_str().unwrap()]);
+        self.virsh(&["start", "web-1"]);
+        wait_for("the agent to answer", Duration::from_secs(180), || {
+            self.try_agent(&json!({ "execute": "guest-ping" }))
+        });
+    }
+
+    fn try_agent(&self, command: &Value) -> Option<Value> {
+        let said = self.try_virsh(&["qemu-agent-command", "web-1", &command.to_string()])?;
+        Some(serde_json::from_str::<Value>(&said).unwrap()["return"].clone())
+    }
+
+    /// Runs a shell script in the guest.
+    fn sh(&self, script: &str) -> String {
+        let exec = json!({ "execute": "guest-exec", "arguments": {
+            "path": "/bin/sh", "arg": ["-c", script], "capture-output": true } });
+        let pid = self.try_agent(&exec).unwrap()["pid"].clone();
+        let status = json!({ "execute": "guest-exec-status", "arguments": { "pid": pid } });
+        let ended = wait_for("a program of the guest", Duration::from_secs(60), || {
+            self.try_agent(&status).filter(|status| status["exited"] == true)
+        });
+        assert_eq!(ended["exitcode"], 0, "{script}: {ended}");
+        let said = ended["out-data"].as_str().unwrap_or_default();
+        String::from_utf8(BASE64_STANDARD.decode(said).unwrap()).unwrap()
+    }
+
+    fn start_writer(&self) {
+        self.sh(&format!(
+            "cat > /run/writer.pl <<'END'\n{WRITER}\nEND\n\
+             setsid perl /run/writer.pl >/run/writer.log 2>&1 </dev/null & sleep 3"
+        ));
+    }
+
+    fn assert_it_writes(&self) {
+        let count = || self.sh("wc -l < /records").trim().parse::<u64>().unwrap();
+        let before = count();
+        wait_for("the guest to write", Duration::from_secs(20), || {
+            (count() > before).then_some(())
+        });
+        assert_eq!(self.sh("cat /run/writer.log"), "", "the guest saw an error");
+    }
+
+    fn assert_nothing_left(&self) {
+        assert_eq!(fs::read_dir(self.scratch()).map_or(0, Iterator::count), 0);
+        assert_eq!(self.virsh(&["domstate", "web-1"]).trim(), "running");
+        assert!(self.virsh(&["domjobinfo", "web-1"]).contains("None"));
+        assert_eq!(self.virsh(&["checkpoint-list", "web-1", "--name"]).trim(), "");
+    }
+
+    fn config(&self) -> Config {
+        let lines = format!(
+            "libvirt_uri = {:?}\nscratch_size = \"1GiB\"\nscratch_dir = {:?}",
+            self.uri(),
+            self.scratch()
+        );
+        Config { lines, ..Config::default() }
+    }
+}
+
+impl Drop for Libvirt {
+    fn drop(&mut self) {
+        // Its namespace, and all that is in it.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+#[test]
+#[ignore = "needs root, libvirt and minutes"]
+fn libvirt_domain_is_imaged_and_comes_back_whatever_happens() {
+    let libvirt = Libvirt::start();
+    libvirt.boot();
+    libvirt.start_writer();
+    let daemon = Daemon::start(&libvirt.config());
+    let told = daemon.json(&["instance", "list"])["data"].clone();
+    assert_eq!(told[0]["display-name"], "web-1");
+    assert_eq!(told[0]["compartment-id"], "prod");
+    assert_eq!(told[0]["shape"], "VM.Standard2.1");
+    assert_eq!(told[0]["lifecycle-state"], "RUNNING");
+
+    let mut before = 0;
+    for (mode, consistency) in [("freeze", "FILESYSTEM"), ("crash", "CRASH")] {
+        let image = capture(&daemon, &["--consistency", mode]);
+        assert_eq!(image["consistency"], consistency);
+        println!("{mode}: {} µs", image["point-in-time"]["window-micros"]);
+        assert_eq!(image["point-in-time"]["fuse"], mode == "freeze");
+        let records = records(&object(&daemon, &image), mode == "crash");
+        assert_prefix(&records);
+        assert!(records.len() > before, "the guest wrote nothing");
+        before = records.len();
+        libvirt.assert_nothing_left();
+        libvirt.assert_it_writes();
+    }
+    daemon.stop();
+
+    // libvirtd is killed and comes back while the image is read.
+    let config = slowly(libvirt.config());
+    let daemon = Daemon::start(&config);
+    let request = reading(&daemon, &[]);
+    libvirt.restart();
+    wait_for("the image", Duration::from_secs(120), || {
+        let now = status(&daemon, &request);
+        assert_ne!(now["status"], "FAILED", "{now}");
+        (now["status"] == "SUCCEEDED").then_some(())
+    });
+    libvirt.assert_nothing_left();
+
+    // imaged is killed while it reads.
+    let request = reading(&daemon, &[]);
+    let kept = daemon.kill().unwrap();
+    libvirt.assert_it_writes();
+    let daemon = Daemon::start_in(kept.path(), &config);
+    assert_eq!(status(&daemon, &request)["status"], "FAILED");
+    libvirt.assert_nothing_left();
+    libvirt.assert_it_writes();
+    daemon.stop();
+
+    // The guest overwrites more than it may.
+    let mut config = config;
+    config.lines = config.lines.replace("1GiB", "20MiB");
+    let daemon = Daemon::start(&config);
+    libvirt.sh("yes old | head -c 40000000 >/large; sync");
+    let request = reading(&daemon, &["--consistency", "crash"]);
+    libvirt.sh(
+        "setsid sh -c 'for i in 1 2 3; do yes new | head -c 40000000 | dd bs=64k of=/large conv=notrunc,fsync; done' \
+         >/dev/null 2>&1 </dev/null &",
+    );
+    let said = daemon.refusal(&["work-request", "watch", "--work-request-id", &request]);
+    assert!(said.contains("given up at four fifths of the 20.0 MiB"), "{said}");
+    libvirt.assert_nothing_left();
+    libvirt.assert_it_writes();
+}
+
+fn libvirt_of_the_daemon(daemon: &Daemon) -> Value {
+    let host = daemon.json(&["host", "get"]);
+    let features = host["data"]["features"].as_array().unwrap().clone();
+    features.into_iter().find(|feature| feature["name"] == "libvirt").unwrap()
+}
+
+/// A daemon whose libvirtd would be at `socket` still has its own instance.
+fn assert_others_are_served(dir: &Path, socket: &Path) -> Value {
+    let volume = dir.join("disk");
+    fs::write(&volume, vec![0; 1 << 20]).unwrap();
+    let instance = format!("boot_volume = {volume:?}\nqmp_socket = {:?}\n", dir.join("none"));
+    let config = Config {
+        lines: format!("libvirt_uri = \"qemu:///system?socket={}\"", socket.display()),
+        instances: vec![("web-2".into(), instance)],
+        ..Config::default()
+    };
+    let daemon = Daemon::start(&config);
+    let begun = Instant::now();
+    let told = daemon.json(&["instance", "list"]);
+    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert_eq!(told["data"].as_array().unwrap().len(), 1);
+    assert_eq!(told["data"][0]["display-name"], "web-2");
+    let args = ["image", "create", "--instance-id", "web-2", "--wait-for-state", "AVAILABLE"];
+    assert_eq!(daemon.json(&args)["data"]["lifecycle-state"], "AVAILABLE");
+    libvirt_of_the_daemon(&daemon)
+}
+
+#[test]
+#[ignore = "needs libvirt's clients"]
+fn libvirt_that_is_away_or_hangs_keeps_no_other_instance() {
+    let dir = tempfile::tempdir().unwrap();
+    let feature = assert_others_are_served(dir.path(), &dir.path().join("nobody"));
+    assert_eq!(feature["available"], false);
+    assert!(feature["details"].as_str().unwrap().contains("Failed to connect socket"), "{feature}");
+
+    let silent = dir.path().join("silent");
+    let _listener = UnixListener::bind(&silent).unwrap();
+    let feature = assert_others_are_served(dir.path(), &silent);
+    assert_eq!(feature["available"], false);
+    assert!(feature["details"].as_str().unwrap().contains("did not answer"), "{feature}");
+}
