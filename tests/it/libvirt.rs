@@ -184,7 +184,7 @@ fn libvirt_domain_is_imaged_and_comes_back_whatever_happens() {
     libvirt.start_writer();
     let daemon = Daemon::start(&libvirt.config());
     let told = daemon.json(&["instance", "list"])["data"].clone();
-    assert_eq!(told[0]["display-name"], "web-1");
+    assert_eq!(told[0]["name"], "web-1");
     assert_eq!(told[0]["compartment-id"], "prod");
     assert_eq!(told[0]["shape"], "VM.Standard2.1");
     assert_eq!(told[0]["lifecycle-state"], "RUNNING");
@@ -263,7 +263,7 @@ fn assert_others_are_served(dir: &Path, socket: &Path) -> Value {
     let told = daemon.json(&["instance", "list"]);
     assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
     assert_eq!(told["data"].as_array().unwrap().len(), 1);
-    assert_eq!(told["data"][0]["display-name"], "web-2");
+    assert_eq!(told["data"][0]["name"], "web-2");
     let args = ["image", "create", "--instance-id", "web-2", "--wait-for-state", "AVAILABLE"];
     assert_eq!(daemon.json(&args)["data"]["lifecycle-state"], "AVAILABLE");
     libvirt_of_the_daemon(&daemon)
