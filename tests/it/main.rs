@@ -16,6 +16,7 @@ mod proxy;
 #[path = "../lab/weed.rs"]
 mod weed;
 
+mod drain;
 mod export;
 mod image;
 mod lifecycle;

@@ -128,10 +128,31 @@ impl Daemon {
         ended.is_some_and(|status| status.signal() == Some(libc::SIGKILL))
     }
 
-    /// Whether it was killed.
-    pub fn was_killed(mut self) -> bool {
-        let ended = self.child.try_wait().unwrap();
-        ended.is_some_and(|status| status.signal() == Some(libc::SIGKILL))
+    /// Whether it is killed before its work is done.
+    pub fn is_killed_at_work(&self) -> bool {
+        let stat = format!("/proc/{}/stat", self.pid());
+        let gone = || fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z "));
+        let at_work = || {
+            // A dead one is not waited for.
+            let host = self.command(&["host", "get", "--output", "json"]);
+            let mut bounded = Command::new("timeout");
+            bounded.arg("2").arg(host.get_program()).args(host.get_args());
+            let host = bounded.env("IMAGED_SOCKET", self.dir.join("imaged.sock")).output().unwrap();
+            let host: Value = serde_json::from_slice(&host.stdout).unwrap_or_default();
+            let host = &host["data"];
+            host["work-requests-in-progress"] != 0 || host["work-requests-waiting"] != 0
+        };
+        let mut look = Instant::now() + Duration::from_secs(1);
+        wait_for("imaged to die or to be done", Duration::from_secs(120), || {
+            if gone() {
+                return Some(true);
+            }
+            if Instant::now() < look {
+                return None;
+            }
+            look = Instant::now() + Duration::from_secs(1);
+            (!at_work() && !gone()).then_some(false)
+        })
     }
 
     /// Its directory.

@@ -205,6 +205,7 @@ fn progress(progress: &pb::Progress) -> Value {
 pub(in crate::ctl) fn host(host: &pb::Host) -> Value {
     object([
         ("architecture", text(&host.architecture)),
+        ("drained", host.drained.into()),
         ("encode-threads", host.encode_threads.into()),
         (
             "features",
@@ -223,6 +224,7 @@ pub(in crate::ctl) fn host(host: &pb::Host) -> Value {
         ("max-upload-rate", host.max_upload_rate.into()),
         ("stores", stores(&host.stores)),
         ("work-requests-in-progress", host.work_requests_in_progress.into()),
+        ("work-requests-waiting", host.work_requests_waiting.into()),
     ])
 }
 

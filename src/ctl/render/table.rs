@@ -369,6 +369,8 @@ pub(in crate::ctl) fn host(host: &pb::Host) -> String {
     card.line("architecture", &host.architecture);
     card.line("encode-threads", host.encode_threads);
     card.line("work-requests-in-progress", host.work_requests_in_progress);
+    card.line("work-requests-waiting", host.work_requests_waiting);
+    card.known("drained", host.drained.then(|| "yes: no new work begins".to_owned()));
     card.known("max-upload-rate", host.max_upload_rate.map(rate));
     card.known("max-read-rate", host.max_read_rate.map(rate));
     let mut parts = vec![card.text()];

@@ -218,6 +218,8 @@ pub fn host() -> pb::Host {
         ],
         encode_threads: 4,
         work_requests_in_progress: 1,
+        work_requests_waiting: 0,
+        drained: false,
         max_upload_rate: Some(200 << 20),
         max_read_rate: None,
     }

@@ -142,6 +142,10 @@ async fn look(qmp: &Qmp, instance: &Instance) -> Result<BootDisk> {
         return Err(refused(format!("its QEMU is at another job, {} {:?}", job.kind, job.id))
             .advice("wait until it has ended, or cancel it"));
     }
+    if qmp.execute(Command::query_migration(), within(COMMAND)).await?.is_under_way() {
+        return Err(refused("it is being moved to another host".into())
+            .advice("ask again on the host where it is then"));
+    }
     let exports = qmp.execute(Command::query_exports(), within(COMMAND)).await?;
     if let Some(export) = exports.first() {
         return Err(refused(format!("its QEMU exports {:?} already", export.id))

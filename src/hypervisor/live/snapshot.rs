@@ -378,6 +378,7 @@ impl LiveSnapshot for Taken {
             tokio::select! {
                 error = ended(&mut events) => error,
                 error = self.overflow() => error,
+                error = self.moved() => error,
             }
         })
     }
@@ -397,6 +398,21 @@ impl LiveSnapshot for Taken {
 }
 
 impl Taken {
+    /// Returns when its VM begins to be moved. Asked, because QEMU tells of it
+    /// by itself only where that was switched on.
+    async fn moved(&self) -> Error {
+        loop {
+            sleep(LOOK).await;
+            let asked = self.qmp.execute(Command::query_migration(), within(COMMAND)).await;
+            if asked.is_ok_and(|migration| migration.is_under_way()) {
+                let instance = &self.undo.instance;
+                let context = format!("instance {instance:?} is being moved to another host");
+                return Error::new(Reason::SnapshotBroken, context)
+                    .advice("ask for the image there, once it has arrived");
+            }
+        }
+    }
+
     /// Returns when all that is allowed of the disk is used.
     async fn overflow(&self) -> Error {
         loop {
