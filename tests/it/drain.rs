@@ -34,7 +34,11 @@ fn root_a_drained_host_begins_nothing_and_finishes_or_undoes_what_it_has() {
     assert_eq!(drained["data"]["drained"], true);
     assert_eq!(status(&daemon, &quick)["status"], "SUCCEEDED");
     let create = ["image", "create", "--boot-volume", volumes[1].to_str().unwrap()];
-    insta::assert_snapshot!(daemon.refusal(&create), @r"
+    insta::assert_snapshot!(daemon.refusal(&create), @"
+    imagectl: this host is drained: no new work begins
+      reason: HOST_DRAINED
+      retry: in 30s
+      help: `imagectl host resume` ends that, and so does a restart of imaged
     ");
     assert_eq!(daemon.json(&["host", "resume"])["data"]["drained"], false);
 

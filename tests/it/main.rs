@@ -36,6 +36,7 @@ mod sources;
 mod stalls;
 mod stop;
 mod stores;
+mod survive;
 mod sweep;
 mod systemd;
 mod worker;
