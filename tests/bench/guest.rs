@@ -48,7 +48,13 @@ struct Seen {
 }
 
 pub fn running(report: &mut Report) {
-    let names = ["freeze-window-ms", "guest-latency-ratio", "scratch-bytes", "capture-live-debian"];
+    let names = [
+        "freeze-window-ms",
+        "guest-latency-ratio",
+        "scratch-bytes",
+        "capture-live-debian",
+        "downtime-stop-s",
+    ];
     if !names.iter().any(|name| report.wants(name)) {
         return;
     }
@@ -69,6 +75,44 @@ pub fn running(report: &mut Report) {
     if names[..3].iter().any(|name| report.wants(name)) {
         cost(&guest, &daemon(""), report);
     }
+    if report.wants("downtime-stop-s") {
+        downtime(&guest, &daemon(""), report);
+    }
+}
+
+/// How long a guest is away for an image for which it is shut down, less how
+/// long it is for a restart of its own: from when its agent closes its port
+/// until the next one opens it, which QEMU tells.
+fn downtime(guest: &Guest, daemon: &Daemon, report: &mut Report) {
+    let away = |order: &dyn Fn()| {
+        let mut monitor = Monitor::of(guest);
+        order();
+        let port = |open: bool| {
+            move |event: &Value| {
+                event["event"] == "VSERPORT_CHANGE" && event["data"]["open"] == open
+            }
+        };
+        monitor.event(port(false));
+        let gone = Instant::now();
+        monitor.event(port(true));
+        let seconds = gone.elapsed().as_secs_f64();
+        guest.vm("wait-agent", &[]);
+        seconds
+    };
+    let (mut alone, mut imaged) = (vec![], vec![]);
+    for _ in 0..ROUNDS {
+        alone.push(away(&|| guest.restart()));
+        let create = ["image", "create", "--instance-id", "web-1", "--consistency", "stop"];
+        imaged.push(away(&|| drop(daemon.json(&create))));
+        let images = wait_for("the image", Duration::from_secs(120), || {
+            let images = daemon.json(&["image", "list"])["data"].clone();
+            (images[0]["lifecycle-state"] == "AVAILABLE").then_some(images)
+        });
+        delete(daemon, &images[0]);
+    }
+    let more: Vec<_> = imaged.iter().zip(&alone).map(|(imaged, alone)| imaged - alone).collect();
+    report.value("downtime-stop-s", median(&more), "s, more than its own restart takes");
+    report.value("downtime-restart-s", median(&alone), "s, of its own restart");
 }
 
 /// With default settings.

@@ -112,8 +112,6 @@ fn a_clock_that_jumps(guest: &Guest, dir: &Path) {
     thread::sleep(Duration::from_secs(1));
     set("-400d");
     assert_eq!(ended(&daemon, &request), "SUCCEEDED");
-    let told = status(&daemon, &request);
-    assert_ne!(told["time-finished"].as_str(), told["time-started"].as_str());
     assert_nothing_left(guest);
     // While it freezes the guest, too.
     set("+0");

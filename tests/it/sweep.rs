@@ -39,9 +39,9 @@ impl Mode {
 
     fn arguments(self) -> &'static [&'static str] {
         match self {
-            Self::Freeze => &["--consistency", "freeze"],
-            Self::Crash => &["--consistency", "crash"],
-            Self::Stop => &["--consistency", "stop"],
+            Self::Freeze => &["--compression", "none", "--consistency", "freeze"],
+            Self::Crash => &["--compression", "none", "--consistency", "crash"],
+            Self::Stop => &["--compression", "none", "--consistency", "stop"],
         }
     }
 }
@@ -73,6 +73,8 @@ impl Sweep {
     fn config(&self, environment: &[(&str, &str)]) -> Config {
         let mut config = config(&self.guest);
         config.instances[0].0 = self.name();
+        // Quick: what is swept is not how the guest is spared.
+        config.lines.push_str("\nencode_threads = \"all\"\nlatency_percent = 1000\n");
         let limit = format!("shutdown_seconds = {SHUTDOWN_SECONDS}\n");
         config.instances[0].1.push_str(&limit);
         if let Some(weed) = &self.weed {

@@ -347,6 +347,13 @@ impl Guest {
         self.vm("exec", &["/bin/sh", "-c", script])
     }
 
+    /// Has it restart by itself.
+    pub fn restart(&self) {
+        // Its agent ends before it could answer.
+        let order = "setsid /sbin/shutdown -r +0 </dev/null >/dev/null 2>&1 &";
+        self.sh(order);
+    }
+
     /// What its QEMU answers to a question, in JSON.
     pub fn qmp(&self, question: &str) -> String {
         self.vm("qmp", &[question])
@@ -419,6 +426,11 @@ impl Monitor {
                 return answer["return"].clone();
             }
         }
+    }
+
+    /// Waits for an event that is so.
+    pub fn event(&mut self, is_it: impl Fn(&Value) -> bool) {
+        while !is_it(&self.line()) {}
     }
 
     fn line(&mut self) -> Value {
