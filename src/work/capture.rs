@@ -33,7 +33,7 @@ use super::{
     Work,
     driver::check,
     live::Live,
-    preflight::Found,
+    preflight::{Found, free},
     rates,
     resume::Interrupted,
     tracker::{Keeper, Tracker},
@@ -159,7 +159,7 @@ impl Capture {
         stop: &CancellationToken,
     ) -> Result<Begun> {
         let (volume, live) = match found {
-            Found::AtRest(volume) => (volume, None),
+            Found::AtRest(held) => (free(work, held, tracker).await, None),
             Found::Running(prepared) => {
                 let live = Live::take(prepared, tracker, stop).await?;
                 self.image.origin.consistency = live.snapshot.point().consistency;
@@ -231,6 +231,7 @@ impl Capture {
         tracker: &mut Tracker,
     ) -> Result<()> {
         let Begun { volume, live, from } = begun;
+        let snapshot = volume.snapshot();
         self.tell_oddities(work, &*volume, tracker);
         check(line.stop)?;
         tracker.phase(Phase::Read).await?;
@@ -291,6 +292,7 @@ impl Capture {
                     content_digest: encoded.content_digest,
                     object_digest: encoded.object_digest,
                     parts: encoded.parts,
+                    snapshot: Some(snapshot),
                     point_in_time,
                     expected,
                     trace_digest: trace.as_deref().map(encode::object_digest),

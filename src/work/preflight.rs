@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use super::Work;
+use super::{Work, tracker::Tracker};
 use crate::{
     error::{Error, Reason, Result},
     model::{
@@ -10,7 +10,7 @@ use crate::{
         instance::{Instance, PowerState},
         live::Mode,
     },
-    port::{HeldVolume, Prepared, SnapshotOrder},
+    port::{HeldVolume, Offer, Pace, Prepared, SnapshotOrder, Writer},
     recorder::Recorder,
 };
 
@@ -21,6 +21,41 @@ pub(super) enum Found {
     AtRest(Box<dyn HeldVolume>),
     /// Its instance runs, and a snapshot can be taken.
     Running(Box<dyn Prepared>),
+}
+
+/// A snapshot of a volume at rest, which is let go: its instance may be
+/// started while it is imaged. Where the host has none, the volume itself.
+pub(super) async fn free(
+    work: &Work,
+    held: Box<dyn HeldVolume>,
+    tracker: &Tracker,
+) -> Box<dyn HeldVolume> {
+    let (path, mark) = (held.facts().path.clone(), held.mark());
+    let taken = async {
+        let volumes = &work.0.ports.volumes;
+        match volumes.host_snapshot(&path, Writer::Nobody, Pace::default()).await {
+            Ok(Offer::Nothing(why)) => Err(why),
+            Err(error) => Err(error.to_string()),
+            Ok(Offer::Snapshot(snapshot)) => match snapshot.take().await {
+                // Of another file that was put in its place.
+                Ok(taken) if taken.mark() != mark => Err("it was exchanged".into()),
+                taken => taken.map_err(|error| error.to_string()),
+            },
+        }
+    };
+    match taken.await {
+        Ok(taken) => {
+            tracker.log(format!(
+                "a snapshot of the volume is read ({}), the volume itself is free",
+                taken.snapshot()
+            ));
+            taken
+        }
+        Err(why) => {
+            tracker.log(format!("the volume itself is read, and held meanwhile: {why}"));
+            held
+        }
+    }
 }
 
 impl Work {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::{Work, driver::check, live::Live, tracker::Tracker};
+use super::{Work, driver::check, live::Live, preflight::free, tracker::Tracker};
 use crate::{
     encode::Resumed,
     error::{Error, Reason, Result},
@@ -101,7 +101,7 @@ impl Interrupted {
                 let held = ports.volumes.hold(path).await?;
                 if held.mark().as_ref() != Some(mark) {
                     let context = format!(
-                        "the volume {} was written to, or exchanged, while imaged was away",
+                        "the volume {} was written to, or exchanged, since its point in time",
                         path.display()
                     );
                     return Err(Error::new(Reason::VolumeHeld, context).advice(
@@ -109,7 +109,7 @@ impl Interrupted {
                          retry token",
                     ));
                 }
-                Ok((held, None))
+                Ok((free(work, held, tracker).await, None))
             }
             (source, Some(undo)) => {
                 let snapshot = ports.hypervisor.regain(undo, source, tracker.recorder()).await?;

@@ -28,6 +28,7 @@ mod oci_errors;
 mod oci_judge;
 mod par;
 mod qemu;
+mod reflink;
 mod restore;
 mod s3;
 mod service;
