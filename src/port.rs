@@ -134,12 +134,16 @@ pub struct DiskWork {
 }
 
 /// How a snapshot is to be taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct SnapshotOrder {
     /// Of what consistency.
     pub mode: Mode,
     /// Most bytes that the guest may overwrite meanwhile.
     pub scratch: ByteSize,
+    /// What the host can take, to be preferred: nothing of it is in the
+    /// guest's way afterwards. It is of the file as it is, not of what a
+    /// format makes of it.
+    pub host: Option<Box<dyn HostSnapshot>>,
 }
 
 /// A snapshot that can be taken.
@@ -163,8 +167,12 @@ pub trait Prepared: Send + fmt::Debug {
 pub trait LiveSnapshot: Send + Sync + fmt::Debug {
     /// The point in time.
     fn point(&self) -> &PointInTime;
-    /// Where it is read.
-    fn source(&self) -> &LiveSource;
+    /// Where it is read; `None`: the host took it ([`volume`](Self::volume)).
+    fn source(&self) -> Option<&LiveSource>;
+    /// The snapshot that the host took, once.
+    fn volume(&self) -> Option<Box<dyn HeldVolume>> {
+        None
+    }
     /// What the guest's disk has done so far, to tell its latency. Bounded to
     /// some seconds.
     ///

@@ -160,17 +160,21 @@ impl Capture {
     ) -> Result<Begun> {
         let (volume, live) = match found {
             Found::AtRest(held) => (free(work, held, tracker).await, None),
-            Found::Running(prepared) => {
-                let live = Live::take(prepared, tracker, stop).await?;
+            Found::Running { prepared, pace, why } => {
+                if let Some(why) = why {
+                    tracker.log(format!("the host takes no snapshot of the volume: {why}"));
+                }
+                let live = Live::take((prepared, pace), tracker, stop).await?;
                 self.image.origin.consistency = live.snapshot.point().consistency;
                 (live.open(work).await?, Some(live))
             }
         };
         let source = match &live {
             None => volume.mark().map(ResumeSource::AtRest),
-            Some(live) => Some(ResumeSource::Live {
+            // One that the host took goes with this process.
+            Some(live) => live.snapshot.source().map(|source| ResumeSource::Live {
                 point: *live.snapshot.point(),
-                source: live.snapshot.source().clone(),
+                source: source.clone(),
                 scratch: work.0.settings.scratch_size,
             }),
         };

@@ -22,7 +22,7 @@ use crate::{
         upload::{KeptPart, Resume, ResumeSource},
         work_request::{Status, WorkRequest},
     },
-    port::{HeldVolume, ObjectStore, Upload},
+    port::{HeldVolume, ObjectStore, Pace, Upload},
 };
 
 /// How often a store that is away is tried again.
@@ -113,7 +113,7 @@ impl Interrupted {
             }
             (source, Some(undo)) => {
                 let snapshot = ports.hypervisor.regain(undo, source, tracker.recorder()).await?;
-                let live = Live::new(snapshot);
+                let live = Live::new(snapshot, Pace::default());
                 Ok((live.open(work).await?, Some(live)))
             }
             (ResumeSource::Live { .. }, None) => {

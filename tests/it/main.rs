@@ -29,6 +29,7 @@ mod oci_judge;
 mod par;
 mod qemu;
 mod reflink;
+mod reflink_live;
 mod restore;
 mod s3;
 mod service;
