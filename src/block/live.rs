@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     error::{Error, Reason, Result},
-    model::{ByteSize, live::LiveSource, upload::VolumeMark},
+    model::{ByteSize, image::SnapshotKind, live::LiveSource, upload::VolumeMark},
     port::{HeldVolume, Pace, Piece, VolumeFacts},
     sys::slab::Buffer,
 };
@@ -97,6 +97,10 @@ impl Live {
 impl HeldVolume for Live {
     fn facts(&self) -> &VolumeFacts {
         &self.facts
+    }
+
+    fn snapshot(&self) -> SnapshotKind {
+        SnapshotKind::CopyBeforeWrite
     }
 
     fn mark(&self) -> Option<VolumeMark> {

@@ -28,7 +28,7 @@ use nix::sys::signal::{SigSet, Signal};
 use super::live;
 use crate::{
     error::{Context, Error, Reason, Result},
-    model::live::{SnapshotUndo, Undo},
+    model::live::Undo,
     recorder::Recorder,
     steps,
 };
@@ -88,8 +88,7 @@ impl Guards {
 
 /// What tells one from others.
 fn key(undo: &Undo) -> String {
-    let SnapshotUndo::Filter(filter) = &undo.snapshot;
-    filter.tag.clone()
+    undo.snapshot.tag().to_owned()
 }
 
 /// Starts a guard, and tells it of the guest. Blocks.

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::{
     ROUNDS, cold,
-    lab::{self, Config, Daemon, Guest, Monitor, run, wait_for},
+    lab::{self, Config, Daemon, Guest, Monitor, Mount, run, wait_for},
     report::{Report, median},
 };
 
@@ -113,6 +113,31 @@ fn downtime(guest: &Guest, daemon: &Daemon, report: &mut Report) {
     let more: Vec<_> = imaged.iter().zip(&alone).map(|(imaged, alone)| imaged - alone).collect();
     report.value("downtime-stop-s", median(&more), "s, more than its own restart takes");
     report.value("downtime-restart-s", median(&alone), "s, of its own restart");
+}
+
+/// The freeze of a guest whose file is cloned within it, on XFS.
+pub fn cloned(report: &mut Report) {
+    let name = "freeze-window-ms-reflink";
+    if !report.wants(name) {
+        return;
+    }
+    let mount = Mount::new("xfs", 6 << 30);
+    let guest = Guest::boot_in(mount.at.path());
+    let daemon = Daemon::start(&Config {
+        instances: vec![("web-1".into(), guest.instance())],
+        ..Config::default()
+    });
+    let (mut windows, mut own) = (vec![], vec![]);
+    for _ in 0..ROUNDS {
+        let image = capture(&daemon);
+        assert_eq!(image["snapshot"], "REFLINK");
+        windows.push(image["point-in-time"]["window-micros"].as_f64().unwrap() / 1e3);
+        let frozen = own_part(&daemon, image["id"].as_str().unwrap());
+        own.push(windows.last().unwrap() - frozen / 1e3);
+        delete(&daemon, &image);
+    }
+    report.value(name, median(&windows), "ms, order to freeze until thawed");
+    report.value("freeze-window-own-ms-reflink", median(&own), "ms of it, without the guest's own");
 }
 
 /// With default settings.

@@ -29,6 +29,8 @@ mod oci_errors;
 mod oci_judge;
 mod par;
 mod qemu;
+mod reflink;
+mod reflink_live;
 mod restore;
 mod s3;
 mod service;

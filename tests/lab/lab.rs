@@ -309,7 +309,16 @@ impl Guest {
     /// The same, with more arguments for QEMU.
     pub fn boot_with(format: &str, more: &[&str]) -> Self {
         // Not in `scratch()`: its path is too long for a socket.
-        let guest = Self { dir: tempfile::tempdir().unwrap() };
+        Self::boot_from(tempfile::tempdir().unwrap(), format, more)
+    }
+
+    /// Boots it from a raw disk in `dir`.
+    pub fn boot_in(dir: &Path) -> Self {
+        Self::boot_from(tempfile::tempdir_in(dir).unwrap(), "raw", &[])
+    }
+
+    fn boot_from(dir: tempfile::TempDir, format: &str, more: &[&str]) -> Self {
+        let guest = Self { dir };
         let original = PathBuf::from(run("tests/lab/guest.sh", &[])).join("disk.raw");
         let (original, disk) = (original.display().to_string(), guest.disk());
         let disk = disk.to_str().unwrap();
