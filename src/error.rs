@@ -115,6 +115,8 @@ reasons! {
     ImageLocked = "IMAGE_LOCKED": Busy,
     /// There is an object of that name.
     ObjectExists = "OBJECT_EXISTS": InvalidRequest,
+    /// No new work begins on this host.
+    HostDrained = "HOST_DRAINED": Busy,
     /// More work than the configuration allows is waiting.
     TooManyRequests = "TOO_MANY_REQUESTS": Busy,
     /// Another imaged serves this socket or state directory.

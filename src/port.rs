@@ -27,7 +27,7 @@ use crate::{
     model::{
         ByteSize, ImageId, Timestamp, WorkRequestId,
         host::{Feature, Space, Traffic},
-        image::{Manifest, ObjectDigest, Record, Stored},
+        image::{Manifest, ObjectDigest, Record, SnapshotKind, Stored},
         instance::{Instance, PowerState},
         live::{LiveSource, Mode, PointInTime, Undo},
         trace::Trace,
@@ -140,12 +140,16 @@ pub struct DiskWork {
 }
 
 /// How a snapshot is to be taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct SnapshotOrder {
     /// Of what consistency.
     pub mode: Mode,
     /// Most bytes that the guest may overwrite meanwhile.
     pub scratch: ByteSize,
+    /// What the host can take, to be preferred: nothing of it is in the
+    /// guest's way afterwards. It is of the file as it is, not of what a
+    /// format makes of it.
+    pub host: Option<Box<dyn HostSnapshot>>,
 }
 
 /// A snapshot that can be taken.
@@ -169,8 +173,12 @@ pub trait Prepared: Send + fmt::Debug {
 pub trait LiveSnapshot: Send + Sync + fmt::Debug {
     /// The point in time.
     fn point(&self) -> &PointInTime;
-    /// Where it is read.
-    fn source(&self) -> &LiveSource;
+    /// Where it is read; `None`: the host took it ([`volume`](Self::volume)).
+    fn source(&self) -> Option<&LiveSource>;
+    /// The snapshot that the host took, once.
+    fn volume(&self) -> Option<Box<dyn HeldVolume>> {
+        None
+    }
     /// What the guest's disk has done so far, to tell its latency. Bounded to
     /// some seconds.
     ///
@@ -231,6 +239,18 @@ pub trait Volumes: Send + Sync + fmt::Debug {
         path: &'a Path,
         size: ByteSize,
     ) -> BoxFuture<'a, Result<Box<dyn Target>>>;
+    /// What this host's filesystem offers of the volume at `path`: changes
+    /// nothing yet. The snapshot will be read at the `pace` of its guest.
+    ///
+    /// # Errors
+    ///
+    /// As [`hold`](Self::hold), but for `VOLUME_HELD`.
+    fn host_snapshot<'a>(
+        &'a self,
+        path: &'a Path,
+        writer: Writer,
+        pace: Pace,
+    ) -> BoxFuture<'a, Result<Offer>>;
     /// Opens the snapshot of a volume that its guest goes on writing to. What
     /// is read of it is right only when all of it was read with success.
     ///
@@ -242,6 +262,44 @@ pub trait Volumes: Send + Sync + fmt::Debug {
         source: &'a LiveSource,
         pace: Pace,
     ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>>;
+}
+
+/// Who may write to a volume while its snapshot is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Writer {
+    /// Nobody: it is held.
+    Nobody,
+    /// Its guest, which waits meanwhile.
+    Guest,
+}
+
+/// What a host offers of a volume.
+#[derive(Debug)]
+pub enum Offer {
+    /// A snapshot that can be taken.
+    Snapshot(Box<dyn HostSnapshot>),
+    /// None, for this reason: a sentence about the volume, for people.
+    Nothing(String),
+}
+
+/// A snapshot that the host's filesystem can take of a volume.
+pub trait HostSnapshot: Send + Sync + fmt::Debug {
+    /// Its kind.
+    fn kind(&self) -> SnapshotKind;
+    /// Has the volume's caches written back, so that taking it is short.
+    ///
+    /// # Errors
+    ///
+    /// `VOLUME_UNAVAILABLE`.
+    fn settle(&self) -> BoxFuture<'_, Result<()>>;
+    /// Takes it: what was written before is in it, and nothing that is
+    /// written after. Whoever writes meanwhile waits. Bounded to some
+    /// minutes; dropped, it leaves nothing behind.
+    ///
+    /// # Errors
+    ///
+    /// As [`Volumes::hold`], but for `VOLUME_HELD`; `SNAPSHOT_REFUSED`.
+    fn take(self: Box<Self>) -> BoxFuture<'static, Result<Box<dyn HeldVolume>>>;
 }
 
 /// A volume that an image may be written over, or the place of a new file.
@@ -306,8 +364,11 @@ pub trait HeldVolume: Send + fmt::Debug {
     /// What it is.
     fn facts(&self) -> &VolumeFacts;
 
-    /// What tells later whether anything was written to it meanwhile; `None`
-    /// where the kernel does not tell, and of a snapshot.
+    /// What holds it still.
+    fn snapshot(&self) -> SnapshotKind;
+
+    /// What tells later whether anything was written to it since; `None`
+    /// where the kernel does not tell, and beside a guest.
     fn mark(&self) -> Option<VolumeMark>;
 
     /// Lets [`read`](Self::read) begin at this extent: those before are known.

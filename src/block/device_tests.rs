@@ -27,10 +27,10 @@ use crate::{
 const DEV: &str = "/dev";
 
 /// A loop device over a file, detached when dropped.
-struct Loop(PathBuf);
+pub(super) struct Loop(pub(super) PathBuf);
 
 impl Loop {
-    fn over(file: &Path, options: &[&str]) -> Self {
+    pub(super) fn over(file: &Path, options: &[&str]) -> Self {
         let made = run(Command::new("flock")
             // One at a time: a losetup that lost the race for a free device
             // has the winner's open for a moment.
@@ -72,7 +72,7 @@ impl Drop for Program {
     }
 }
 
-fn run(command: &mut Command) -> String {
+pub(super) fn run(command: &mut Command) -> String {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()

@@ -59,7 +59,8 @@ pub(super) fn hold(
     open::flush(&file, &path)?;
     let writes = Writes::until_now(host, identity, &file)
         .context(Reason::VolumeUnavailable, || format!("cannot measure {}", path.display()))?;
-    let source = measured(named, Opened { file, size, sector_size }, backing.as_ref())?;
+    let opened = Opened { file, size, sector_size };
+    let source = measured(named.path, identity, opened, backing.as_ref())?;
     Ok(Held { source, settings, _backing: backing.map(|backing| backing.file), writes, from: 0 })
 }
 
@@ -131,12 +132,16 @@ pub(super) fn beside(
     };
     let backing = backing_file(host, &opened.file, named.identity, opened.size);
     open::flush(&opened.file, &named.path)?;
-    measured(named, opened, backing.as_ref())
+    measured(named.path, named.identity, opened, backing.as_ref())
 }
 
 /// Maps an open volume whose caches were written back.
-fn measured(named: Named, opened: Opened, backing: Option<&Backing>) -> Result<Source> {
-    let Named { path, identity, .. } = named;
+pub(super) fn measured(
+    path: PathBuf,
+    identity: Identity,
+    opened: Opened,
+    backing: Option<&Backing>,
+) -> Result<Source> {
     let Opened { file, size, sector_size } = opened;
     let tail = cut_off_tail(&path, identity, size, sector_size, backing)?;
     refuse_other_formats(&file, &path)?;

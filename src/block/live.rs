@@ -28,6 +28,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         ByteSize,
+        image::SnapshotKind,
         live::{BackupSource, FilterSource, LiveSource},
         upload::VolumeMark,
     },
@@ -136,6 +137,10 @@ impl Live {
 impl HeldVolume for Live {
     fn facts(&self) -> &VolumeFacts {
         &self.facts
+    }
+
+    fn snapshot(&self) -> SnapshotKind {
+        SnapshotKind::CopyBeforeWrite
     }
 
     fn mark(&self) -> Option<VolumeMark> {

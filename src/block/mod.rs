@@ -3,6 +3,7 @@
 //! ```text
 //! path ──open──► checked and open ──hold: holder, qemu_lock──► held ──map──► facts
 //!                                                               └──reader, queue──► pieces
+//! path ──open──► reflink: clone ──reader──► pieces
 //! path ──open, hold──► target ──writer, queue, flusher──► an image over what was there
 //! ```
 //!
@@ -26,6 +27,9 @@ mod qemu_lock;
 mod queue;
 mod reader;
 pub mod reconcile;
+mod reflink;
+#[cfg(test)]
+mod reflink_tests;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -49,8 +53,10 @@ use self::{hold::hold, holder::Host, live::Live, reader::Source};
 pub use self::{queue::Engine, reader::ReaderSettings};
 use crate::{
     error::{Error, Reason, Result},
-    model::{ByteSize, live::LiveSource, upload::VolumeMark},
-    port::{BoxFuture, HeldVolume, Named, Pace, Piece, Target, VolumeFacts, Volumes},
+    model::{ByteSize, image::SnapshotKind, live::LiveSource, upload::VolumeMark},
+    port::{
+        BoxFuture, HeldVolume, Named, Offer, Pace, Piece, Target, VolumeFacts, Volumes, Writer,
+    },
     sys::ring::{Mode, Ring},
 };
 
@@ -72,9 +78,12 @@ pub struct HostVolumes {
     targets: Arc<[PathBuf]>,
     settings: ReaderSettings,
     host: Host,
-    /// Threads that open a volume at once.
-    openings: Arc<Semaphore>,
+    openings: Openings,
 }
+
+/// Threads that open a volume, or clone it.
+#[derive(Debug, Clone)]
+struct Openings(Arc<Semaphore>);
 
 impl HostVolumes {
     /// Volumes within `allowed_dirs` (the configuration's
@@ -82,7 +91,7 @@ impl HostVolumes {
     /// where it leads.
     #[must_use]
     pub fn new(allowed_dirs: Vec<PathBuf>, settings: ReaderSettings) -> Self {
-        let openings = Arc::new(Semaphore::new(OPENINGS));
+        let openings = Openings(Arc::new(Semaphore::new(OPENINGS)));
         let (allowed, targets) = (allowed_dirs.into(), Arc::default());
         Self { allowed, targets, settings, host: Host::default(), openings }
     }
@@ -115,13 +124,24 @@ impl HostVolumes {
         open: impl FnOnce(&Host, &[PathBuf], ReaderSettings) -> Result<V> + Send + 'static,
     ) -> Result<V> {
         let (allowed, settings, host) = (Arc::clone(allowed), self.settings, self.host.clone());
-        let openings = Arc::clone(&self.openings);
+        self.openings.run(volume, move || open(&host, &allowed, settings)).await
+    }
+}
+
+impl Openings {
+    /// Does `work` with `volume` on a thread of its own.
+    async fn run<V: Send + 'static>(
+        &self,
+        volume: &Path,
+        work: impl FnOnce() -> Result<V> + Send + 'static,
+    ) -> Result<V> {
+        let openings = Arc::clone(&self.0);
         let work = async {
             // Held by the thread, not by who waits for it.
             let place = openings.acquire_owned().await;
             let work = move || {
                 let _place = place;
-                open(&host, &allowed, settings)
+                work()
             };
             tokio::task::spawn_blocking(work).await
         };
@@ -182,6 +202,22 @@ impl Volumes for HostVolumes {
         })
     }
 
+    fn host_snapshot<'a>(
+        &'a self,
+        path: &'a Path,
+        writer: Writer,
+        pace: Pace,
+    ) -> BoxFuture<'a, Result<Offer>> {
+        let (asked, openings) = (path.to_owned(), self.openings.clone());
+        Box::pin(self.open(path, &self.allowed, move |host, allowed, settings| {
+            let wanted = reflink::Wanted { writer, pace, settings };
+            Ok(match reflink::offer(host, allowed, &asked, wanted)? {
+                Ok(reflink) => Offer::Snapshot(Box::new(reflink::Ready { reflink, openings })),
+                Err(why) => Offer::Nothing(why),
+            })
+        }))
+    }
+
     fn live<'a>(
         &'a self,
         source: &'a LiveSource,
@@ -217,6 +253,10 @@ impl fmt::Debug for Held {
 impl HeldVolume for Held {
     fn facts(&self) -> &VolumeFacts {
         &self.source.facts
+    }
+
+    fn snapshot(&self) -> SnapshotKind {
+        SnapshotKind::AtRest
     }
 
     fn mark(&self) -> Option<VolumeMark> {

@@ -105,6 +105,16 @@ pub(super) enum HostVerb {
     /// Change how fast all work together may go, until imaged ends: the
     /// configuration says how it begins.
     Update(NewRates),
+    /// Begin no new work on this host, and wait until none runs: for
+    /// maintenance. It lasts until `host resume`, or imaged is started again.
+    Drain {
+        /// Cancel and undo what is not done after so long; 0: at once
+        /// [default: wait until it is done].
+        #[arg(long, value_name = "SECONDS")]
+        finish_within: Option<u64>,
+    },
+    /// Let work begin again after a drain.
+    Resume,
 }
 
 #[derive(Debug, Args)]

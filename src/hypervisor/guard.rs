@@ -89,10 +89,7 @@ impl Guards {
 
 /// What tells one from others.
 fn key(undo: &Undo) -> String {
-    match &undo.snapshot {
-        SnapshotUndo::Filter(filter) => filter.tag.clone(),
-        SnapshotUndo::Backup(backup) => backup.tag.clone(),
-    }
+    undo.snapshot.tag().to_owned()
 }
 
 /// Starts a guard, and tells it of the guest. Blocks.
@@ -158,7 +155,9 @@ async fn let_go(undo: &Undo) -> Result<()> {
     let recorder = Arc::new(Recorder::new());
     loop {
         let let_go = match &undo.snapshot {
-            SnapshotUndo::Filter(_) => live::let_go(undo, &recorder).await,
+            SnapshotUndo::Filter(_) | SnapshotUndo::OfHost(_) => {
+                live::let_go(undo, &recorder).await
+            }
             SnapshotUndo::Backup(_) => libvirt::stand_by(undo, &recorder).await,
         };
         let error: Error = match let_go {

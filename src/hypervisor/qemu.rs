@@ -72,9 +72,7 @@ impl Hypervisor for QemuHost {
                 .context(Reason::Internal, || "the kernel gives no random numbers")?;
             let tag = format!("{:012x}", random >> 16);
             let guards = Arc::clone(&self.guards);
-            let ready =
-                live::prepare(instance, order, &self.scratch_dir, tag, guards, recorder).await?;
-            Ok(Box::new(ready) as Box<dyn Prepared>)
+            live::prepare(instance, order, &self.scratch_dir, tag, guards, recorder).await
         })
     }
 

@@ -105,6 +105,10 @@ pub struct Stored {
     pub object_digest: ObjectDigest,
     /// The object cut at part boundaries, in order.
     pub parts: Vec<StoredPart>,
+    /// What held the volume still while it was read; none: it was made before
+    /// that was told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<SnapshotKind>,
     /// The point in time, of an instance that ran.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub point_in_time: Option<PointInTime>,
@@ -239,6 +243,20 @@ words!(
         Clean = "CLEAN",
         /// As after a power failure.
         Crash = "CRASH",
+    }
+);
+
+words!(
+    /// What held a volume still while it was read.
+    SnapshotKind {
+        /// Nothing: it was at rest, and nobody else had it.
+        AtRest = "AT_REST",
+        /// A clone of its file, which shares its blocks (XFS, btrfs).
+        Reflink = "REFLINK",
+        /// A thin snapshot of its logical volume.
+        Lvm = "LVM",
+        /// QEMU, which copies before its guest overwrites.
+        CopyBeforeWrite = "COPY_BEFORE_WRITE",
     }
 );
 

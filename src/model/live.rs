@@ -80,6 +80,38 @@ pub enum SnapshotUndo {
     Filter(Filter),
     /// A backup of libvirt's.
     Backup(Backup),
+    /// Nothing: the host took it.
+    OfHost(OfHost),
+}
+
+impl SnapshotUndo {
+    /// What tells this snapshot from all others.
+    #[must_use]
+    pub fn tag(&self) -> &str {
+        match self {
+            Self::Filter(filter) => &filter.tag,
+            Self::Backup(backup) => &backup.tag,
+            Self::OfHost(of_host) => &of_host.host_snapshot,
+        }
+    }
+
+    /// The filter, if it is one.
+    #[must_use]
+    pub const fn filter(&self) -> Option<&Filter> {
+        match self {
+            Self::Filter(filter) => Some(filter),
+            Self::Backup(_) | Self::OfHost(_) => None,
+        }
+    }
+}
+
+/// A snapshot that the host took, and that ends with the process that reads
+/// it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OfHost {
+    /// Its tag.
+    pub host_snapshot: String,
 }
 
 /// A copy-before-write filter in QEMU, with all that belongs to it.

@@ -12,7 +12,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         ByteSize, ImageId, Timestamp, WorkRequestId,
-        image::{Compression, Consistency, Image, ImageState, LaunchMode},
+        image::{Compression, Consistency, Image, ImageState, LaunchMode, SnapshotKind},
         instance::{Instance, PowerState},
         live::{Expected, Force, Mode, PointInTime, Rehearsal},
         trace::{Channel, Dropped, Entry, Kind, Trace},
@@ -332,6 +332,7 @@ impl From<Image> for pb::Image {
             to.content_digest = stored.content_digest.to_string();
             to.object_digest = stored.object_digest.to_string();
             to.imaged_version = stored.imaged_version;
+            to.snapshot = stored.snapshot.map(pb::Snapshot::from).unwrap_or_default().into();
             to.point_in_time = stored.point_in_time.map(Into::into);
             to.expected = stored.expected.map(Into::into);
             to.time_line = stored
@@ -421,6 +422,17 @@ impl From<Consistency> for pb::Consistency {
             Consistency::Filesystem => Self::FilesystemConsistent,
             Consistency::Clean => Self::Clean,
             Consistency::Crash => Self::CrashConsistent,
+        }
+    }
+}
+
+impl From<SnapshotKind> for pb::Snapshot {
+    fn from(kind: SnapshotKind) -> Self {
+        match kind {
+            SnapshotKind::AtRest => Self::AtRest,
+            SnapshotKind::Reflink => Self::Reflink,
+            SnapshotKind::Lvm => Self::Lvm,
+            SnapshotKind::CopyBeforeWrite => Self::CopyBeforeWrite,
         }
     }
 }

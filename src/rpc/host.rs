@@ -1,6 +1,6 @@
 //! HostService.
 
-use std::{fmt, sync::Arc};
+use std::{fmt, sync::Arc, time::Duration};
 
 use futures_util::future::BoxFuture;
 use tonic::{Request, Response, Status};
@@ -81,16 +81,37 @@ impl HostService for Host {
         self.work.set_host_rates(new);
         Ok(Response::new(self.get().await))
     }
+
+    async fn drain_host(
+        &self,
+        request: Request<pb::DrainHostRequest>,
+    ) -> Result<Response<pb::Host>, Status> {
+        self.work.drain(request.into_inner().finish_seconds.map(Duration::from_secs));
+        Ok(Response::new(self.get().await))
+    }
+
+    async fn resume_host(
+        &self,
+        _request: Request<pb::ResumeHostRequest>,
+    ) -> Result<Response<pb::Host>, Status> {
+        self.work.resume();
+        Ok(Response::new(self.get().await))
+    }
 }
 
 impl Host {
     async fn get(&self) -> pb::Host {
         let facts = &self.facts;
         let requests = self.work.work_requests();
-        let active = requests.iter().filter(|request| {
-            use work_request::Status::{Canceling, InProgress};
-            matches!(request.status, InProgress | Canceling)
-        });
+        let (mut waiting, mut active) = (0, 0);
+        for request in requests {
+            use work_request::Status::{Accepted, Canceling, InProgress};
+            match request.status {
+                Accepted => waiting += 1,
+                InProgress | Canceling => active += 1,
+                _ => {}
+            }
+        }
         let rates = self.work.rates();
         let found = self.work.features().await;
         pb::Host {
@@ -101,7 +122,9 @@ impl Host {
             features: facts.features.iter().cloned().chain(found).map(Into::into).collect(),
             stores: stores(facts).await,
             encode_threads: u32::try_from(facts.encode_threads).unwrap_or(u32::MAX),
-            work_requests_in_progress: u32::try_from(active.count()).unwrap_or(u32::MAX),
+            work_requests_in_progress: active,
+            work_requests_waiting: waiting,
+            drained: self.work.is_drained(),
             max_upload_rate: rates.upload.map(ByteSize::get),
             max_read_rate: rates.read.map(ByteSize::get),
         }

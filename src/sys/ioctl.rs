@@ -1,4 +1,4 @@
-//! Questions to block devices.
+//! Questions to block devices, and to filesystems that share blocks.
 
 use std::{
     io,
@@ -12,7 +12,88 @@ mod raw {
     nix::ioctl_read_bad!(sector_size, nix::request_code_none!(0x12, 104), libc::c_int);
     // include/uapi/linux/loop.h
     nix::ioctl_read_bad!(loop_status, 0x4C05, super::LoopInfo64);
+    // include/uapi/linux/fs.h: FICLONE takes a descriptor, no address.
+    nix::ioctl_write_int_bad!(clone, nix::request_code_write!(0x94, 9, size_of::<libc::c_int>()));
+    nix::ioctl_write_ptr!(clone_range, 0x94, 13, super::FileCloneRange);
+    // include/uapi/linux/fiemap.h; the kernel writes the counts back.
+    nix::ioctl_readwrite!(extent_map, b'f', 11, super::FileExtentMap);
 }
+
+/// Makes `to` what `from` is, with the same blocks on the disk (`FICLONE`).
+/// What is dirty of `from` is written back first; who writes to it waits.
+///
+/// # Errors
+///
+/// `EOPNOTSUPP`, `EXDEV`, `EINVAL`: the filesystem does not share blocks, or
+/// not of these files.
+pub fn clone_file(to: BorrowedFd<'_>, from: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: FICLONE takes a descriptor and no memory.
+    unsafe { raw::clone(to.as_raw_fd(), from.as_raw_fd())? };
+    Ok(())
+}
+
+/// The same of the first `len` bytes, whole blocks (`FICLONERANGE`); 0: of
+/// all.
+///
+/// # Errors
+///
+/// As [`clone_file`].
+pub fn clone_start(to: BorrowedFd<'_>, from: BorrowedFd<'_>, len: u64) -> io::Result<()> {
+    let from = i64::from(from.as_raw_fd());
+    let range = FileCloneRange { from, from_offset: 0, len, to_offset: 0 };
+    // SAFETY: FICLONERANGE reads one file_clone_range, which `FileCloneRange`
+    // is.
+    unsafe { raw::clone_range(to.as_raw_fd(), &raw const range)? };
+    Ok(())
+}
+
+/// How many extents `file` has on its disk (`FS_IOC_FIEMAP`). What is dirty
+/// of it is written back first.
+///
+/// # Errors
+///
+/// `EOPNOTSUPP` where the filesystem does not tell.
+pub fn extents(file: BorrowedFd<'_>) -> io::Result<u32> {
+    const WRITE_BACK_FIRST: u32 = 1;
+    let mut map = FileExtentMap {
+        start: 0,
+        len: u64::MAX,
+        flags: WRITE_BACK_FIRST,
+        mapped: 0,
+        room: 0,
+        reserved: 0,
+    };
+    // SAFETY: FS_IOC_FIEMAP reads and writes one fiemap, which `FileExtentMap`
+    // is; with no room for extents behind it, it only counts them.
+    unsafe { raw::extent_map(file.as_raw_fd(), &raw mut map)? };
+    Ok(map.mapped)
+}
+
+/// `struct file_clone_range` of include/uapi/linux/fs.h.
+#[repr(C)]
+#[derive(Debug)]
+struct FileCloneRange {
+    from: i64,
+    from_offset: u64,
+    len: u64,
+    to_offset: u64,
+}
+
+const _: () = assert!(size_of::<FileCloneRange>() == 32);
+
+/// `struct fiemap` of include/uapi/linux/fiemap.h, without extents.
+#[repr(C)]
+#[derive(Debug)]
+struct FileExtentMap {
+    start: u64,
+    len: u64,
+    flags: u32,
+    mapped: u32,
+    room: u32,
+    reserved: u32,
+}
+
+const _: () = assert!(size_of::<FileExtentMap>() == 32);
 
 /// Size in bytes of the block device `device` (`BLKGETSIZE64`).
 ///

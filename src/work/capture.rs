@@ -33,7 +33,7 @@ use super::{
     Work,
     driver::check,
     live::Live,
-    preflight::Found,
+    preflight::{Found, free},
     rates,
     resume::Interrupted,
     tracker::{Keeper, Tracker},
@@ -159,18 +159,22 @@ impl Capture {
         stop: &CancellationToken,
     ) -> Result<Begun> {
         let (volume, live) = match found {
-            Found::AtRest(volume) => (volume, None),
-            Found::Running(prepared) => {
-                let live = Live::take(prepared, tracker, stop).await?;
+            Found::AtRest(held) => (free(work, held, tracker).await, None),
+            Found::Running { prepared, pace, why } => {
+                if let Some(why) = why {
+                    tracker.log(format!("the host takes no snapshot of the volume: {why}"));
+                }
+                let live = Live::take((prepared, pace), tracker, stop).await?;
                 self.image.origin.consistency = live.snapshot.point().consistency;
                 (live.open(work).await?, Some(live))
             }
         };
         let source = match &live {
             None => volume.mark().map(ResumeSource::AtRest),
-            Some(live) => Some(ResumeSource::Live {
+            // One that the host took goes with this process.
+            Some(live) => live.snapshot.source().map(|source| ResumeSource::Live {
                 point: *live.snapshot.point(),
-                source: live.snapshot.source().clone(),
+                source: source.clone(),
                 scratch: work.0.settings.scratch_size,
             }),
         };
@@ -231,6 +235,7 @@ impl Capture {
         tracker: &mut Tracker,
     ) -> Result<()> {
         let Begun { volume, live, from } = begun;
+        let snapshot = volume.snapshot();
         self.tell_oddities(work, &*volume, tracker);
         check(line.stop)?;
         tracker.phase(Phase::Read).await?;
@@ -291,6 +296,7 @@ impl Capture {
                     content_digest: encoded.content_digest,
                     object_digest: encoded.object_digest,
                     parts: encoded.parts,
+                    snapshot: Some(snapshot),
                     point_in_time,
                     expected,
                     trace_digest: trace.as_deref().map(encode::object_digest),

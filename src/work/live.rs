@@ -36,7 +36,7 @@ impl Live {
     /// Takes the point in time. What will undo it is durable before. A guest
     /// that takes its time to shut down is not waited for after `stop`.
     pub(super) async fn take(
-        prepared: Box<dyn Prepared>,
+        (prepared, pace): (Box<dyn Prepared>, Pace),
         tracker: &mut Tracker,
         stop: &CancellationToken,
     ) -> Result<Self> {
@@ -54,12 +54,11 @@ impl Live {
         };
         tracker.owe(Some(Undo { held: Held::NOT, ..undo })).await?;
         tracker.log(told(snapshot.point()));
-        Ok(Self::new(snapshot))
+        Ok(Self::new(snapshot, pace))
     }
 
-    /// One that was taken, or regained.
-    pub(super) fn new(snapshot: Box<dyn LiveSnapshot>) -> Self {
-        let pace = Pace::default();
+    /// One that was taken, or regained, to be read at this pace.
+    pub(super) fn new(snapshot: Box<dyn LiveSnapshot>, pace: Pace) -> Self {
         // Until it is known what its guest bears.
         pace.set(Some(0));
         Self { snapshot, pace }
@@ -67,7 +66,12 @@ impl Live {
 
     /// The volume as it was then.
     pub(super) async fn open(&self, work: &Work) -> Result<Box<dyn HeldVolume>> {
-        work.0.ports.volumes.live(self.snapshot.source(), self.pace.clone()).await
+        if let Some(source) = self.snapshot.source() {
+            return work.0.ports.volumes.live(source, self.pace.clone()).await;
+        }
+        self.snapshot.volume().ok_or_else(|| {
+            Error::new(Reason::Internal, "the snapshot that the host took was read before")
+        })
     }
 
     /// The reason for a read that failed. What befell the snapshot says more
@@ -85,9 +89,12 @@ impl Live {
     pub(super) async fn release(self, tracker: &mut Tracker) -> Result<PointInTime> {
         tracker.phase(Phase::Release).await?;
         let point = *self.snapshot.point();
+        let by_qemu = self.snapshot.source().is_some();
         let scratch = self.snapshot.release().await?;
         tracker.owe(None).await?;
-        tracker.log(format!("what the guest overwrote meanwhile took {scratch} of scratch"));
+        if by_qemu {
+            tracker.log(format!("what the guest overwrote meanwhile took {scratch} of scratch"));
+        }
         Ok(PointInTime { scratch, ..point })
     }
 

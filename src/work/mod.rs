@@ -13,6 +13,7 @@
 pub mod admission;
 mod aside;
 mod capture;
+mod drain;
 mod driver;
 mod export;
 mod governor;
@@ -137,6 +138,8 @@ struct Inner {
     limits: rates::Limits,
     /// Images that are read by clients.
     readers: reading::Readers,
+    /// Whether orders are taken.
+    gate: drain::Gate,
     /// Memory that captures share.
     spare: SpareMemory,
     tasks: TaskTracker,
@@ -170,6 +173,7 @@ impl Work {
             places: Arc::new(Semaphore::new(settings.max_captures.get())),
             limits: rates::Limits::new(settings.rates),
             readers: reading::Readers::default(),
+            gate: drain::Gate::default(),
             spare: SpareMemory::default(),
             tasks: TaskTracker::new(),
             closing: CancellationToken::new(),
@@ -402,6 +406,7 @@ impl Inner {
         if self.closing.is_cancelled() {
             return Err(Error::new(Reason::DaemonStopped, "imaged is being stopped"));
         }
+        self.gate.check()?;
         self.registry.admit(request, lock, self.settings.max_queued, self.closing.child_token())
     }
 

@@ -111,7 +111,7 @@ impl Work {
     ) -> Result<Image> {
         let volume = &image.origin.source_volume;
         let found = self.preflight(instance, volume, mode, Arc::default()).await?;
-        if let preflight::Found::Running(_) = found {
+        if let preflight::Found::Running { .. } = found {
             // Until the point in time was taken, no better than it may become.
             image.origin.consistency = Consistency::Crash;
         }

@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use super::Work;
+use super::{Work, tracker::Tracker};
 use crate::{
     error::{Error, Reason, Result},
     model::{
@@ -10,7 +10,7 @@ use crate::{
         instance::{Instance, PowerState},
         live::Mode,
     },
-    port::{HeldVolume, Named, Prepared, SnapshotOrder},
+    port::{HeldVolume, HostSnapshot, Named, Offer, Pace, Prepared, SnapshotOrder, Writer},
     recorder::Recorder,
 };
 
@@ -20,7 +20,48 @@ pub(super) enum Found {
     /// Nothing uses it, and nothing can while this is held.
     AtRest(Box<dyn HeldVolume>),
     /// Its instance runs, and a snapshot can be taken.
-    Running(Box<dyn Prepared>),
+    Running {
+        prepared: Box<dyn Prepared>,
+        /// How fast it may be read.
+        pace: Pace,
+        /// Why the host takes none itself.
+        why: Option<String>,
+    },
+}
+
+/// A snapshot of a volume at rest, which is let go: its instance may be
+/// started while it is imaged. Where the host has none, the volume itself.
+pub(super) async fn free(
+    work: &Work,
+    held: Box<dyn HeldVolume>,
+    tracker: &Tracker,
+) -> Box<dyn HeldVolume> {
+    let (path, mark) = (held.facts().path.clone(), held.mark());
+    let taken = async {
+        let volumes = &work.0.ports.volumes;
+        match volumes.host_snapshot(&path, Writer::Nobody, Pace::default()).await {
+            Ok(Offer::Nothing(why)) => Err(why),
+            Err(error) => Err(error.to_string()),
+            Ok(Offer::Snapshot(snapshot)) => match snapshot.take().await {
+                // Of another file that was put in its place.
+                Ok(taken) if taken.mark() != mark => Err("it was exchanged".into()),
+                taken => taken.map_err(|error| error.to_string()),
+            },
+        }
+    };
+    match taken.await {
+        Ok(taken) => {
+            tracker.log(format!(
+                "a snapshot of the volume is read ({}), the volume itself is free",
+                taken.snapshot()
+            ));
+            taken
+        }
+        Err(why) => {
+            tracker.log(format!("the volume itself is read, and held meanwhile: {why}"));
+            held
+        }
+    }
 }
 
 impl Work {
@@ -37,11 +78,13 @@ impl Work {
             match self.power_state(instance).await {
                 PowerState::Stopped => {}
                 PowerState::Running => {
-                    let order = SnapshotOrder { mode, scratch: self.0.settings.scratch_size };
+                    let pace = Pace::default();
+                    let (host, why) = self.of_host(volume, mode, &pace).await;
+                    let order = SnapshotOrder { mode, scratch: self.0.settings.scratch_size, host };
                     let prepared =
                         self.0.ports.hypervisor.prepare(instance, order, recorder).await?;
                     self.check_size(prepared.size(), volume)?;
-                    return Ok(Found::Running(prepared));
+                    return Ok(Found::Running { prepared, pace, why });
                 }
                 PowerState::Unknown(why) => {
                     let context =
@@ -60,6 +103,25 @@ impl Work {
         })?;
         self.check_size(held.facts().size, volume)?;
         Ok(Found::AtRest(held))
+    }
+
+    /// The snapshot that the host can take beside a guest, or why it cannot.
+    async fn of_host(
+        &self,
+        volume: &Path,
+        mode: Mode,
+        pace: &Pace,
+    ) -> (Option<Box<dyn HostSnapshot>>, Option<String>) {
+        // The filter is what tells a QEMU that is to be started again.
+        if matches!(mode, Mode::Stop(_)) {
+            return (None, None);
+        }
+        let volumes = &self.0.ports.volumes;
+        match volumes.host_snapshot(volume, Writer::Guest, pace.clone()).await {
+            Ok(Offer::Snapshot(snapshot)) => (Some(snapshot), None),
+            Ok(Offer::Nothing(why)) => (None, Some(why)),
+            Err(error) => (None, Some(error.to_string())),
+        }
     }
 
     fn check_size(&self, size: ByteSize, volume: &Path) -> Result<()> {

@@ -28,6 +28,7 @@ use crate::{
     error::{Error, Reason, Result},
     model::{
         ByteSize,
+        image::SnapshotKind,
         upload::VolumeMark,
         work_request::{NewRates, Rates},
     },
@@ -250,6 +251,10 @@ impl Throttled {
 impl HeldVolume for Throttled {
     fn facts(&self) -> &VolumeFacts {
         self.volume.facts()
+    }
+
+    fn snapshot(&self) -> SnapshotKind {
+        self.volume.snapshot()
     }
 
     fn mark(&self) -> Option<VolumeMark> {

@@ -7,6 +7,7 @@ use super::{Ports, resume::resumable, tracker};
 use crate::{
     error::{Error, Reason, Result},
     model::{
+        live::Held,
         trace::Trace,
         upload::Outgoing,
         work_request::{
@@ -120,7 +121,13 @@ async fn give_back(ports: &Ports, requests: &mut [WorkRequest]) -> Result<()> {
         recorder.note("imaged was started again");
         let message = match ports.hypervisor.undo(undo, Arc::clone(&recorder)).await {
             Ok(()) => {
-                let message = format!("took the snapshot out of instance {:?}", undo.instance);
+                let held = match undo.held {
+                    Held { stopped: Some(_), .. } => ", and saw to it that it runs",
+                    Held { frozen: true, .. } => ", and saw to it that it is not frozen",
+                    Held { frozen: false, stopped: None } => "",
+                };
+                let message =
+                    format!("took the snapshot out of instance {:?}{held}", undo.instance);
                 request.undo = None;
                 message
             }

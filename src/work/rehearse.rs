@@ -51,9 +51,11 @@ impl Rehearse {
         let volume = &self.instance.boot_volume;
         let recorder = tracker.recorder();
         let found = work.preflight(Some(&self.instance), volume, self.mode, recorder).await?;
-        let Found::Running(prepared) = found else { return Err(at_rest(&self.instance)) };
+        let Found::Running { prepared, pace, .. } = found else {
+            return Err(at_rest(&self.instance));
+        };
         check(stop)?;
-        let live = Live::take(prepared, tracker, stop).await?;
+        let live = Live::take((prepared, pace), tracker, stop).await?;
         let data = live.open(work).await?.facts().data_size();
         tracker.phase(Phase::Sample).await?;
         let sampled = tokio::select! {

@@ -12,7 +12,7 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::{Work, driver::check, live::Live, tracker::Tracker};
+use super::{Work, driver::check, live::Live, preflight::free, tracker::Tracker};
 use crate::{
     encode::Resumed,
     error::{Error, Reason, Result},
@@ -22,7 +22,7 @@ use crate::{
         upload::{KeptPart, Resume, ResumeSource},
         work_request::{Status, WorkRequest},
     },
-    port::{HeldVolume, Named, ObjectStore, Upload},
+    port::{HeldVolume, Named, ObjectStore, Pace, Upload},
 };
 
 /// How often a store that is away is tried again.
@@ -105,7 +105,7 @@ impl Interrupted {
                 let held = ports.volumes.hold(path, named).await?;
                 if held.mark().as_ref() != Some(mark) {
                     let context = format!(
-                        "the volume {} was written to, or exchanged, while imaged was away",
+                        "the volume {} was written to, or exchanged, since its point in time",
                         path.display()
                     );
                     return Err(Error::new(Reason::VolumeHeld, context).advice(
@@ -113,11 +113,11 @@ impl Interrupted {
                          retry token",
                     ));
                 }
-                Ok((held, None))
+                Ok((free(work, held, tracker).await, None))
             }
             (source, Some(undo)) => {
                 let snapshot = ports.hypervisor.regain(undo, source, tracker.recorder()).await?;
-                let live = Live::new(snapshot);
+                let live = Live::new(snapshot, Pace::default());
                 Ok((live.open(work).await?, Some(live)))
             }
             (ResumeSource::Live { .. }, None) => {

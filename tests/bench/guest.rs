@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use crate::{
     ROUNDS, cold,
-    lab::{self, Config, Daemon, Guest, Monitor, run, wait_for},
+    lab::{self, Config, Daemon, Guest, Monitor, Mount, run, wait_for},
     report::{Report, median},
 };
 
@@ -48,7 +48,13 @@ struct Seen {
 }
 
 pub fn running(report: &mut Report) {
-    let names = ["freeze-window-ms", "guest-latency-ratio", "scratch-bytes", "capture-live-debian"];
+    let names = [
+        "freeze-window-ms",
+        "guest-latency-ratio",
+        "scratch-bytes",
+        "capture-live-debian",
+        "downtime-stop-s",
+    ];
     if !names.iter().any(|name| report.wants(name)) {
         return;
     }
@@ -69,6 +75,69 @@ pub fn running(report: &mut Report) {
     if names[..3].iter().any(|name| report.wants(name)) {
         cost(&guest, &daemon(""), report);
     }
+    if report.wants("downtime-stop-s") {
+        downtime(&guest, &daemon(""), report);
+    }
+}
+
+/// How long a guest is away for an image for which it is shut down, less how
+/// long it is for a restart of its own: from when its agent closes its port
+/// until the next one opens it, which QEMU tells.
+fn downtime(guest: &Guest, daemon: &Daemon, report: &mut Report) {
+    let away = |order: &dyn Fn()| {
+        let mut monitor = Monitor::of(guest);
+        order();
+        let port = |open: bool| {
+            move |event: &Value| {
+                event["event"] == "VSERPORT_CHANGE" && event["data"]["open"] == open
+            }
+        };
+        monitor.event(port(false));
+        let gone = Instant::now();
+        monitor.event(port(true));
+        let seconds = gone.elapsed().as_secs_f64();
+        guest.vm("wait-agent", &[]);
+        seconds
+    };
+    let (mut alone, mut imaged) = (vec![], vec![]);
+    for _ in 0..ROUNDS {
+        alone.push(away(&|| guest.restart()));
+        let create = ["image", "create", "--instance-id", "web-1", "--consistency", "stop"];
+        imaged.push(away(&|| drop(daemon.json(&create))));
+        let images = wait_for("the image", Duration::from_secs(120), || {
+            let images = daemon.json(&["image", "list"])["data"].clone();
+            (images[0]["lifecycle-state"] == "AVAILABLE").then_some(images)
+        });
+        delete(daemon, &images[0]);
+    }
+    let more: Vec<_> = imaged.iter().zip(&alone).map(|(imaged, alone)| imaged - alone).collect();
+    report.value("downtime-stop-s", median(&more), "s, more than its own restart takes");
+    report.value("downtime-restart-s", median(&alone), "s, of its own restart");
+}
+
+/// The freeze of a guest whose file is cloned within it, on XFS.
+pub fn cloned(report: &mut Report) {
+    let name = "freeze-window-ms-reflink";
+    if !report.wants(name) {
+        return;
+    }
+    let mount = Mount::new("xfs", 6 << 30);
+    let guest = Guest::boot_in(mount.at.path());
+    let daemon = Daemon::start(&Config {
+        instances: vec![("web-1".into(), guest.instance())],
+        ..Config::default()
+    });
+    let (mut windows, mut own) = (vec![], vec![]);
+    for _ in 0..ROUNDS {
+        let image = capture(&daemon);
+        assert_eq!(image["snapshot"], "REFLINK");
+        windows.push(image["point-in-time"]["window-micros"].as_f64().unwrap() / 1e3);
+        let frozen = own_part(&daemon, image["id"].as_str().unwrap());
+        own.push(windows.last().unwrap() - frozen / 1e3);
+        delete(&daemon, &image);
+    }
+    report.value(name, median(&windows), "ms, order to freeze until thawed");
+    report.value("freeze-window-own-ms-reflink", median(&own), "ms of it, without the guest's own");
 }
 
 /// With default settings.

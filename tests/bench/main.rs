@@ -51,6 +51,7 @@ fn main() {
     stores::oci(&volumes, &mut report);
     restore::s3(&volumes, &mut report);
     guest::running(&mut report);
+    guest::cloned(&mut report);
     reader::read_limit(&volumes, &mut report);
     memory::resident_sets(&mut report);
     memory::resident_set_of_an_upload(&mut report);

@@ -48,6 +48,7 @@ fn root_an_image_of_a_file_is_whole_verified_and_deleted() {
         assert_eq!(image["display-name"], "golden");
         assert_eq!(image["compartment-id"], "prod");
         assert_eq!(image["consistency"], "CLEAN");
+        assert_eq!(image["snapshot"], "AT_REST");
         assert_eq!(image["size-in-mbs"], 71);
 
         let stored = daemon.images().join(id);

@@ -16,6 +16,7 @@ mod proxy;
 #[path = "../lab/weed.rs"]
 mod weed;
 
+mod drain;
 mod export;
 mod image;
 mod libvirt;
@@ -29,6 +30,8 @@ mod oci_errors;
 mod oci_judge;
 mod par;
 mod qemu;
+mod reflink;
+mod reflink_live;
 mod restore;
 mod s3;
 mod service;
@@ -36,6 +39,7 @@ mod sources;
 mod stalls;
 mod stop;
 mod stores;
+mod survive;
 mod sweep;
 mod systemd;
 mod worker;

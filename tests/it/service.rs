@@ -25,8 +25,8 @@ use imaged::{
         work_request_service_client::WorkRequestServiceClient,
     },
     port::{
-        BoxFuture, Delete, HeldVolume, Named, ObjectReader, ObjectStore, Pace, Target, Upload,
-        Volumes,
+        BoxFuture, Delete, HeldVolume, Named, ObjectReader, ObjectStore, Offer, Pace, Target,
+        Upload, Volumes, Writer,
     },
     store::ParOutlets,
     worker::Workers,
@@ -47,6 +47,14 @@ impl Volumes for NoVolumes {
     fn hold<'a>(&'a self, path: &'a Path, _: Named) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let error = Error::new(Reason::VolumeNotFound, format!("no volume {}", path.display()));
         Box::pin(async { Err(error) })
+    }
+    fn host_snapshot<'a>(
+        &'a self,
+        path: &'a Path,
+        _: Writer,
+        _: Pace,
+    ) -> BoxFuture<'a, Result<Offer>> {
+        Box::pin(async { Ok(Offer::Nothing(format!("there is no {}", path.display()))) })
     }
     fn live<'a>(
         &'a self,

@@ -145,6 +145,7 @@ fn image(compression: Compression) -> Image {
             content_digest: encoded.content_digest,
             object_digest: encoded.object_digest,
             parts: encoded.parts,
+            snapshot: None,
             point_in_time: None,
             expected: None,
             trace_digest: None,

@@ -128,10 +128,31 @@ impl Daemon {
         ended.is_some_and(|status| status.signal() == Some(libc::SIGKILL))
     }
 
-    /// Whether it was killed.
-    pub fn was_killed(mut self) -> bool {
-        let ended = self.child.try_wait().unwrap();
-        ended.is_some_and(|status| status.signal() == Some(libc::SIGKILL))
+    /// Whether it is killed before its work is done.
+    pub fn is_killed_at_work(&self) -> bool {
+        let stat = format!("/proc/{}/stat", self.pid());
+        let gone = || fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") Z "));
+        let at_work = || {
+            // A dead one is not waited for.
+            let host = self.command(&["host", "get", "--output", "json"]);
+            let mut bounded = Command::new("timeout");
+            bounded.arg("2").arg(host.get_program()).args(host.get_args());
+            let host = bounded.env("IMAGED_SOCKET", self.dir.join("imaged.sock")).output().unwrap();
+            let host: Value = serde_json::from_slice(&host.stdout).unwrap_or_default();
+            let host = &host["data"];
+            host["work-requests-in-progress"] != 0 || host["work-requests-waiting"] != 0
+        };
+        let mut look = Instant::now() + Duration::from_secs(1);
+        wait_for("imaged to die or to be done", Duration::from_secs(120), || {
+            if gone() {
+                return Some(true);
+            }
+            if Instant::now() < look {
+                return None;
+            }
+            look = Instant::now() + Duration::from_secs(1);
+            (!at_work() && !gone()).then_some(false)
+        })
     }
 
     /// Its directory.
@@ -288,7 +309,16 @@ impl Guest {
     /// The same, with more arguments for QEMU.
     pub fn boot_with(format: &str, more: &[&str]) -> Self {
         // Not in `scratch()`: its path is too long for a socket.
-        let guest = Self { dir: tempfile::tempdir().unwrap() };
+        Self::boot_from(tempfile::tempdir().unwrap(), format, more)
+    }
+
+    /// Boots it from a raw disk in `dir`.
+    pub fn boot_in(dir: &Path) -> Self {
+        Self::boot_from(tempfile::tempdir_in(dir).unwrap(), "raw", &[])
+    }
+
+    fn boot_from(dir: tempfile::TempDir, format: &str, more: &[&str]) -> Self {
+        let guest = Self { dir };
         let original = PathBuf::from(run("tests/lab/guest.sh", &[])).join("disk.raw");
         let (original, disk) = (original.display().to_string(), guest.disk());
         let disk = disk.to_str().unwrap();
@@ -324,6 +354,13 @@ impl Guest {
     /// Runs a shell script in it, and returns what it printed.
     pub fn sh(&self, script: &str) -> String {
         self.vm("exec", &["/bin/sh", "-c", script])
+    }
+
+    /// Has it restart by itself.
+    pub fn restart(&self) {
+        // Its agent ends before it could answer.
+        let order = "setsid /sbin/shutdown -r +0 </dev/null >/dev/null 2>&1 &";
+        self.sh(order);
     }
 
     /// What its QEMU answers to a question, in JSON.
@@ -398,6 +435,11 @@ impl Monitor {
                 return answer["return"].clone();
             }
         }
+    }
+
+    /// Waits for an event that is so.
+    pub fn event(&mut self, is_it: impl Fn(&Value) -> bool) {
+        while !is_it(&self.line()) {}
     }
 
     fn line(&mut self) -> Value {

@@ -114,7 +114,8 @@ def start(vm, disk, disk_format, snapshot, memory, qemu_args):
         "-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", memory,
         "-nodefaults", "-no-user-config", "-display", "none",
         "-kernel", guest / "vmlinuz", "-initrd", guest / "initrd.img",
-        "-append", "root=/dev/vda1 rw console=ttyS0 quiet init=/sbin/lab-init",
+        # On a busy host an emulated timer is late, which the kernel would take for a broken one.
+        "-append", "root=/dev/vda1 rw console=ttyS0 quiet no_timer_check init=/sbin/lab-init",
         "-blockdev", json.dumps(block),
         "-device", "virtio-blk-pci,id=bootdisk,drive=boot",
         "-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0",

@@ -47,6 +47,7 @@ pub(in crate::ctl) fn image(image: &pb::Image) -> Value {
         ("operating-system-version", text(&image.operating_system_version)),
         ("point-in-time", image.point_in_time.as_ref().map(point_in_time).into()),
         ("size-in-mbs", size(image.size_in_mbs)),
+        ("snapshot", words::snapshot(image).into()),
         ("source-instance-id", text(&image.source_instance_id)),
         ("source-volume", text(&image.source_volume)),
         ("store", text(&image.store)),
@@ -205,6 +206,7 @@ fn progress(progress: &pb::Progress) -> Value {
 pub(in crate::ctl) fn host(host: &pb::Host) -> Value {
     object([
         ("architecture", text(&host.architecture)),
+        ("drained", host.drained.into()),
         ("encode-threads", host.encode_threads.into()),
         (
             "features",
@@ -223,6 +225,7 @@ pub(in crate::ctl) fn host(host: &pb::Host) -> Value {
         ("max-upload-rate", host.max_upload_rate.into()),
         ("stores", stores(&host.stores)),
         ("work-requests-in-progress", host.work_requests_in_progress.into()),
+        ("work-requests-waiting", host.work_requests_waiting.into()),
     ])
 }
 
@@ -330,6 +333,7 @@ mod tests {
             "operating-system-version": "12",
             "point-in-time": null,
             "size-in-mbs": 4096,
+            "snapshot": "AT_REST",
             "source-instance-id": "ocid1.instance.imaged..01k6dz3s20cccccccccccccccc",
             "source-volume": "/dev/vg0/web-3",
             "store": "local",

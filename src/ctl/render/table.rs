@@ -129,6 +129,7 @@ pub(in crate::ctl) fn image(image: &pb::Image, now: Timestamp) -> String {
     card.line("launch-mode", words::launch_mode(image).unwrap_or(UNKNOWN));
     card.known("launch-options", image.launch_options.as_ref().map(launch_options));
     card.line("consistency", words::consistency(image).unwrap_or(UNKNOWN));
+    card.known("snapshot", words::snapshot(image).map(String::from));
     card.known("point-in-time", image.point_in_time.as_ref().map(point_in_time));
     card.known("expected", image.expected.as_ref().map(expected));
     card.known("source-instance-id", image.source_instance_id.clone());
@@ -369,6 +370,8 @@ pub(in crate::ctl) fn host(host: &pb::Host) -> String {
     card.line("architecture", &host.architecture);
     card.line("encode-threads", host.encode_threads);
     card.line("work-requests-in-progress", host.work_requests_in_progress);
+    card.line("work-requests-waiting", host.work_requests_waiting);
+    card.known("drained", host.drained.then(|| "yes: no new work begins".to_owned()));
     card.known("max-upload-rate", host.max_upload_rate.map(rate));
     card.known("max-read-rate", host.max_read_rate.map(rate));
     let mut parts = vec![card.text()];
@@ -536,6 +539,7 @@ mod tests {
         launch-mode         PARAVIRTUALIZED
         launch-options      firmware UEFI_64, boot volume PARAVIRTUALIZED
         consistency         CLEAN
+        snapshot            AT_REST
         source-instance-id  ocid1.instance.imaged..01k6dz3s20cccccccccccccccc
         source-volume       /dev/vg0/web-3
         volume-size         4.00 GiB (4294967296 bytes)

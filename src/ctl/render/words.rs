@@ -108,6 +108,8 @@ api_word! {
     launch_mode(pb::Image).launch_mode: pb::LaunchMode,
     /// Of an image.
     compression(pb::Image).compression: pb::Compression,
+    /// Of an image.
+    snapshot(pb::Image).snapshot: pb::Snapshot,
     /// Of an instance.
     instance_state(pb::Instance).lifecycle_state: pb::instance::LifecycleState,
 }

@@ -34,6 +34,7 @@ pub fn image() -> pb::Image {
         content_digest: "1f".repeat(32),
         object_digest: "c4".repeat(32),
         time_line: vec![step("preflight", 0, 0), step("read", 0, 250_000_000), step("seal", 11, 0)],
+        snapshot: pb::Snapshot::AtRest.into(),
         imaged_version: "0.1.0".into(),
         ..provisioning()
     }
@@ -218,6 +219,8 @@ pub fn host() -> pb::Host {
         ],
         encode_threads: 4,
         work_requests_in_progress: 1,
+        work_requests_waiting: 0,
+        drained: false,
         max_upload_rate: Some(200 << 20),
         max_read_rate: None,
     }

@@ -293,6 +293,16 @@ impl HostService for Service {
     async fn get_host(&self, _: Request<pb::GetHostRequest>) -> Answer<pb::Host> {
         Ok(Response::new(samples::host()))
     }
+
+    /// Two are at work, and done at the next look.
+    async fn drain_host(&self, _: Request<pb::DrainHostRequest>) -> Answer<pb::Host> {
+        let host = pb::Host { drained: true, work_requests_waiting: 1, ..samples::host() };
+        Ok(Response::new(host))
+    }
+
+    async fn resume_host(&self, _: Request<pb::ResumeHostRequest>) -> Answer<pb::Host> {
+        self.get_host(Request::new(pb::GetHostRequest {})).await
+    }
 }
 
 #[tonic::async_trait]

@@ -148,7 +148,7 @@ impl LibvirtHost {
 fn backup_of(undo: &Undo) -> Result<&Backup> {
     match &undo.snapshot {
         SnapshotUndo::Backup(backup) => Ok(backup),
-        SnapshotUndo::Filter(_) => {
+        SnapshotUndo::Filter(_) | SnapshotUndo::OfHost(_) => {
             let context = format!("the undo of instance {:?} is not libvirt's", undo.instance);
             Err(Error::new(Reason::Internal, context))
         }

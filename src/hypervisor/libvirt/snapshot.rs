@@ -208,8 +208,8 @@ impl LiveSnapshot for Taken {
         &self.point
     }
 
-    fn source(&self) -> &LiveSource {
-        &self.source
+    fn source(&self) -> Option<&LiveSource> {
+        Some(&self.source)
     }
 
     fn disk_work(&self) -> BoxFuture<'_, Result<DiskWork>> {

@@ -30,6 +30,7 @@ mod find;
 mod freeze;
 mod iothread;
 mod names;
+mod of_host;
 mod prepare;
 mod snapshot;
 mod stop;

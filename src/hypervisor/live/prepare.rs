@@ -15,6 +15,7 @@ use super::{
     freeze::Freezer,
     iothread,
     names::Names,
+    of_host,
     snapshot::{Hold, Ready},
     stop::Stopper,
     undo::sockets,
@@ -30,9 +31,9 @@ use crate::{
     model::{
         ByteSize,
         instance::Instance,
-        live::{Filter, Mode, SnapshotUndo, Undo},
+        live::{Filter, Mode, OfHost, SnapshotUndo, Undo},
     },
-    port::SnapshotOrder,
+    port::{Prepared, SnapshotOrder},
     recorder::Recorder,
 };
 
@@ -49,12 +50,12 @@ const CRASH: &str = "start qemu-guest-agent in the guest and name its socket as 
 /// it.
 pub async fn prepare(
     instance: &Instance,
-    order: SnapshotOrder,
+    mut order: SnapshotOrder,
     scratch_dir: &Path,
     tag: String,
     guards: Arc<Guards>,
     recorder: Arc<Recorder>,
-) -> Result<Ready> {
+) -> Result<Box<dyn Prepared>> {
     let names = Names::of(&tag)?;
     let sockets = sockets(&instance.machine, &instance.name)?;
     let qmp = Qmp::connect(&sockets.qmp_socket, Arc::clone(&recorder), within(COMMAND)).await?;
@@ -83,6 +84,26 @@ pub async fn prepare(
             return Err(error.advice(CRASH).field("instance_id"));
         }
     };
+    let of_host = order.host.take().filter(|_| disk.raw && !matches!(hold, Hold::Stopped(_)));
+    if let Some(snapshot) = of_host {
+        let undo = Undo {
+            instance: instance.name.clone(),
+            machine: instance.machine.clone(),
+            snapshot: SnapshotUndo::OfHost(OfHost { host_snapshot: tag }),
+            held: hold.undo(instance),
+        };
+        let mode = order.mode;
+        return Ok(Box::new(of_host::Ready {
+            qmp,
+            hold,
+            disk,
+            snapshot,
+            undo,
+            mode,
+            guards,
+            recorder,
+        }));
+    }
     let owner = owner(qmp.process());
     let dir = scratch_dir.join(&tag);
     room(scratch_dir.to_owned(), order.scratch).await?;
@@ -94,7 +115,19 @@ pub async fn prepare(
         held: hold.undo(instance),
     };
     let volume = instance.boot_volume.clone();
-    Ok(Ready { qmp, hold, disk, names, undo, filter, owner, volume, order, guards, recorder })
+    Ok(Box::new(Ready {
+        qmp,
+        hold,
+        disk,
+        names,
+        undo,
+        filter,
+        owner,
+        volume,
+        order,
+        guards,
+        recorder,
+    }))
 }
 
 async fn freezer(instance: &Instance, socket: &Path, recorder: &Arc<Recorder>) -> Result<Freezer> {
@@ -141,6 +174,10 @@ async fn look(qmp: &Qmp, instance: &Instance) -> Result<BootDisk> {
     if let Some(job) = jobs.first() {
         return Err(refused(format!("its QEMU is at another job, {} {:?}", job.kind, job.id))
             .advice("wait until it has ended, or cancel it"));
+    }
+    if qmp.execute(Command::query_migration(), within(COMMAND)).await?.is_under_way() {
+        return Err(refused("it is being moved to another host".into())
+            .advice("ask again on the host where it is then"));
     }
     let exports = qmp.execute(Command::query_exports(), within(COMMAND)).await?;
     if let Some(export) = exports.first() {

@@ -19,7 +19,7 @@ use super::{
     freeze::{Freezer, Frozen, nothing_frozen},
     names::Names,
     stop::{Down, Stopper},
-    undo::{clean, filter, sockets, take_out},
+    undo::{clean, sockets, take_out},
     within,
 };
 use crate::{
@@ -79,6 +79,50 @@ impl Hold {
             stopped: matches!(self, Self::Stopped(_)).then_some(instance.shutdown_seconds),
         }
     }
+
+    /// Takes the point in time with the guest held as it is to be.
+    pub async fn point(
+        &self,
+        qmp: &Qmp,
+        mode: Mode,
+        recorder: &Recorder,
+        moment: &dyn Moment,
+    ) -> Result<PointInTime> {
+        let switching = async |deadline| moment.switch(deadline).await;
+        let begun = Instant::now();
+        Ok(match self {
+            Self::Not => {
+                switching(within(COMMAND)).await?;
+                unfrozen(begun.elapsed())
+            }
+            Self::Stopped(stopper) => {
+                let down = stopper.shut_down(qmp, recorder).await?;
+                switching(within(COMMAND)).await?;
+                stopper.start(qmp).await?;
+                let consistency = match down {
+                    Down::Clean => Consistency::Clean,
+                    Down::Pulled => Consistency::Crash,
+                };
+                PointInTime { consistency, stopped: true, ..unfrozen(begun.elapsed()) }
+            }
+            Self::Frozen(freezer) => match freezer.during(recorder, switching).await {
+                Ok(((), frozen)) => point(freezer, frozen, mode)?,
+                Err(error) if mode == Mode::FreezeOrCrash && nothing_frozen(&error) => {
+                    recorder.note(format!("not frozen: {error}"));
+                    let begun = Instant::now();
+                    switching(within(COMMAND)).await?;
+                    unfrozen(begun.elapsed())
+                }
+                Err(error) => return Err(error),
+            },
+        })
+    }
+}
+
+/// What makes the point in time.
+pub(super) trait Moment: Sync {
+    /// From here on the guest's writes are not in the snapshot.
+    fn switch(&self, deadline: Instant) -> BoxFuture<'_, Result<()>>;
 }
 
 /// A snapshot that can be taken: everything was looked at.
@@ -121,7 +165,7 @@ impl Ready {
         if self.undo.held.is_held() {
             self.guards.set(&self.undo).await?;
         }
-        let point = self.point().await?;
+        let point = self.hold.point(&self.qmp, self.order.mode, &self.recorder, &self).await?;
         self.guards.lift(&self.undo).await;
         self.show().await?;
         let Self { qmp, disk, names, undo, filter, volume, order, .. } = self;
@@ -137,38 +181,6 @@ impl Ready {
         });
         let events = tokio::sync::Mutex::new(events);
         Ok(Taken { qmp, events, undo, filter, point, source, limit: order.scratch, scratch })
-    }
-
-    /// Takes it, with the guest held as it is to be.
-    async fn point(&self) -> Result<PointInTime> {
-        let switching = async |deadline| self.switch(deadline).await;
-        let begun = Instant::now();
-        Ok(match &self.hold {
-            Hold::Not => {
-                switching(within(COMMAND)).await?;
-                unfrozen(begun.elapsed())
-            }
-            Hold::Stopped(stopper) => {
-                let down = stopper.shut_down(&self.qmp, &self.recorder).await?;
-                switching(within(COMMAND)).await?;
-                stopper.start(&self.qmp).await?;
-                let consistency = match down {
-                    Down::Clean => Consistency::Clean,
-                    Down::Pulled => Consistency::Crash,
-                };
-                PointInTime { consistency, stopped: true, ..unfrozen(begun.elapsed()) }
-            }
-            Hold::Frozen(freezer) => match freezer.during(&self.recorder, switching).await {
-                Ok(((), frozen)) => point(freezer, frozen, self.order.mode)?,
-                Err(error) if self.order.mode == Mode::FreezeOrCrash && nothing_frozen(&error) => {
-                    self.recorder.note(format!("not frozen: {error}"));
-                    let begun = Instant::now();
-                    switching(within(COMMAND)).await?;
-                    unfrozen(begun.elapsed())
-                }
-                Err(error) => return Err(error),
-            },
-        })
     }
 
     /// What takes the guest's overwritten bytes, and the server that will
@@ -195,8 +207,7 @@ impl Ready {
         Ok(made)
     }
 
-    /// The point in time.
-    async fn switch(&self, deadline: Instant) -> Result<()> {
+    async fn put_filter_in(&self, deadline: Instant) -> Result<()> {
         let Names { overlay, filter, .. } = self.names.clone();
         let (node, device) = (self.disk.node.clone(), &self.disk.device);
         let timeout = NonZeroU32::new(COPY_SECONDS).unwrap_or(NonZeroU32::MIN);
@@ -229,6 +240,12 @@ impl Ready {
     }
 }
 
+impl Moment for Ready {
+    fn switch(&self, deadline: Instant) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.put_filter_in(deadline))
+    }
+}
+
 /// Takes over a snapshot that another session took.
 ///
 /// # Errors
@@ -248,7 +265,7 @@ pub async fn regain(
         return Err(gone());
     };
     let sockets = sockets(&undo.machine, &undo.instance)?;
-    let filter = filter(undo)?;
+    let Some(filter) = undo.snapshot.filter() else { return Err(gone()) };
     let qmp = match Qmp::connect(&sockets.qmp_socket, recorder, within(COMMAND)).await {
         Err(error) if error.reason() == Reason::HypervisorGone => return Err(gone().because(error)),
         connected => connected?,
@@ -350,24 +367,12 @@ impl LiveSnapshot for Taken {
         &self.point
     }
 
-    fn source(&self) -> &LiveSource {
-        &self.source
+    fn source(&self) -> Option<&LiveSource> {
+        Some(&self.source)
     }
 
     fn disk_work(&self) -> BoxFuture<'_, Result<DiskWork>> {
-        Box::pin(async move {
-            let disks = self.qmp.execute(Command::query_statistics(), within(COMMAND)).await?;
-            let is_it = |disk: &&DeviceStatistics| {
-                disk.qdev.as_ref().is_some_and(|qdev| qdev.as_str() == self.filter.device)
-            };
-            let stats = disks.iter().find(is_it).map(|disk| disk.stats).unwrap_or_default();
-            let nanos = stats.rd_total_time_ns + stats.wr_total_time_ns + stats.flush_total_time_ns;
-            Ok(DiskWork {
-                operations: stats.rd_operations + stats.wr_operations + stats.flush_operations,
-                time: Duration::from_nanos(nanos),
-                written: ByteSize(stats.wr_bytes),
-            })
-        })
+        Box::pin(disk_work(&self.qmp, &self.filter.device))
     }
 
     fn scratch(&self) -> BoxFuture<'_, Result<ByteSize>> {
@@ -384,6 +389,7 @@ impl LiveSnapshot for Taken {
             tokio::select! {
                 error = ended(&mut events) => error,
                 error = self.overflow() => error,
+                error = self.moved() => error,
             }
         })
     }
@@ -403,6 +409,21 @@ impl LiveSnapshot for Taken {
 }
 
 impl Taken {
+    /// Returns when its VM begins to be moved. Asked, because QEMU tells of it
+    /// by itself only where that was switched on.
+    async fn moved(&self) -> Error {
+        loop {
+            sleep(LOOK).await;
+            let asked = self.qmp.execute(Command::query_migration(), within(COMMAND)).await;
+            if asked.is_ok_and(|migration| migration.is_under_way()) {
+                let instance = &self.undo.instance;
+                let context = format!("instance {instance:?} is being moved to another host");
+                return Error::new(Reason::SnapshotBroken, context)
+                    .advice("ask for the image there, once it has arrived");
+            }
+        }
+    }
+
     /// Returns when all that is allowed of the disk is used.
     async fn overflow(&self) -> Error {
         loop {
@@ -418,6 +439,20 @@ impl Taken {
             }
         }
     }
+}
+
+/// What QEMU's `device` has done so far.
+pub(super) async fn disk_work(qmp: &Qmp, device: &str) -> Result<DiskWork> {
+    let disks = qmp.execute(Command::query_statistics(), within(COMMAND)).await?;
+    let is_it =
+        |disk: &&DeviceStatistics| disk.qdev.as_ref().is_some_and(|qdev| qdev.as_str() == device);
+    let stats = disks.iter().find(is_it).map(|disk| disk.stats).unwrap_or_default();
+    let nanos = stats.rd_total_time_ns + stats.wr_total_time_ns + stats.flush_total_time_ns;
+    Ok(DiskWork {
+        operations: stats.rd_operations + stats.wr_operations + stats.flush_operations,
+        time: Duration::from_nanos(nanos),
+        written: ByteSize(stats.wr_bytes),
+    })
 }
 
 /// Returns when QEMU has.

@@ -13,7 +13,7 @@ use crate::{
     },
     model::{
         instance::{Machine, Sockets},
-        live::{Filter, SnapshotUndo, Undo},
+        live::{Filter, Undo},
     },
     recorder::Recorder,
     steps,
@@ -30,10 +30,10 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Those of [`Qmp`] and [`Agent`]; it can be tried again.
 pub async fn undo(undo: &Undo, recorder: Arc<Recorder>) -> Result<()> {
     let sockets = sockets(&undo.machine, &undo.instance)?;
-    let filter = filter(undo)?;
     // What holds the guest first. A guest that does not answer is no reason
     // to leave the rest.
     let let_go = let_go(undo, &recorder).await;
+    let Some(filter) = undo.snapshot.filter() else { return let_go };
     match Qmp::connect(&sockets.qmp_socket, recorder, within(COMMAND)).await {
         Ok(qmp) => {
             let taken = take_out(&qmp, &undo.instance, filter).await;
@@ -55,28 +55,15 @@ pub async fn undo(undo: &Undo, recorder: Arc<Recorder>) -> Result<()> {
 /// As [`undo`].
 pub async fn let_go(undo: &Undo, recorder: &Arc<Recorder>) -> Result<()> {
     let sockets = sockets(&undo.machine, &undo.instance)?;
-    let filter = filter(undo)?;
     if undo.held.frozen {
         thaw(&undo.instance, sockets, recorder).await?;
     }
-    match undo.held.stopped {
-        Some(seconds) => start_again(&undo.instance, sockets, filter, seconds, recorder).await,
-        None => Ok(()),
-    }
-}
-
-/// What was put into a QEMU.
-///
-/// # Errors
-///
-/// `INTERNAL`: it is another hypervisor's.
-pub(super) fn filter(undo: &Undo) -> Result<&Filter> {
-    match &undo.snapshot {
-        SnapshotUndo::Filter(filter) => Ok(filter),
-        SnapshotUndo::Backup(_) => {
-            let context = format!("the undo of instance {:?} is not QEMU's", undo.instance);
-            Err(Error::new(Reason::Internal, context))
+    match (undo.held.stopped, undo.snapshot.filter()) {
+        (Some(seconds), Some(filter)) => {
+            start_again(&undo.instance, sockets, filter, seconds, recorder).await
         }
+        // Without a filter no guest is shut down.
+        _ => Ok(()),
     }
 }
 

@@ -140,6 +140,22 @@ pub struct Job {
     pub error: Option<String>,
 }
 
+/// A move of the VM to another host, or none.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Migration {
+    /// `setup`, `active`, `completed`, …; none: there was never one.
+    pub status: Option<String>,
+}
+
+impl Migration {
+    /// Whether it is under way (QEMU, `MigrationStatus`). What is not known is.
+    #[must_use]
+    pub fn is_under_way(&self) -> bool {
+        let over = ["none", "completed", "failed", "cancelled"];
+        self.status.as_deref().is_some_and(|status| !over.contains(&status))
+    }
+}
+
 /// An export.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct BlockExport {

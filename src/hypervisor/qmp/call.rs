@@ -26,6 +26,7 @@ pub(super) enum Call {
         query_nodes: bool,
     },
     QueryJobs,
+    QueryMigrate,
     QueryIothreads,
     QueryBlockExports,
     SetAction {
@@ -173,6 +174,7 @@ impl Call {
             Self::QueryNamedBlockNodes { .. } => "query-named-block-nodes",
             Self::QueryBlockstats { .. } => "query-blockstats",
             Self::QueryJobs => "query-jobs",
+            Self::QueryMigrate => "query-migrate",
             Self::QueryIothreads => "query-iothreads",
             Self::QueryBlockExports => "query-block-exports",
             Self::SetAction { .. } => "set-action",
@@ -201,6 +203,7 @@ impl Call {
             Self::QueryNamedBlockNodes { .. } => "list the block nodes".into(),
             Self::QueryBlockstats { .. } => "tell the disks' statistics".into(),
             Self::QueryJobs => "list the jobs".into(),
+            Self::QueryMigrate => "say whether the VM is being moved".into(),
             Self::QueryIothreads => "list its I/O threads".into(),
             Self::QueryBlockExports => "list the exports".into(),
             Self::SetAction { shutdown: OnShutdown::Pause } => {
@@ -250,6 +253,11 @@ impl Call {
         }
     }
 
+    /// Whether it changes anything outside of the session.
+    pub(super) fn changes(&self) -> bool {
+        self.lane() == Lane::Commands && *self != Self::QmpCapabilities
+    }
+
     /// Where it and its answer are recorded.
     pub(super) fn lane(&self) -> Lane {
         let name = self.name();
@@ -291,6 +299,7 @@ impl Call {
         ]);
         match self {
             Self::QueryQmpSchema => Keep::Length,
+            Self::QueryMigrate => Keep::Members(&["status"]),
             Self::QueryBlock | Self::QueryNamedBlockNodes { .. } => BLOCK,
             Self::QueryBlockstats { .. } => STATISTICS,
             _ => Keep::All,

@@ -24,7 +24,7 @@ use super::{
 use crate::{
     error::{Context, Error, Reason, Result},
     hypervisor::{Refusal, refusal::seconds},
-    recorder::{Lane, Recorder},
+    recorder::Recorder,
     steps,
     sys::peer,
 };
@@ -173,7 +173,7 @@ impl Qmp {
     ) -> Result<A> {
         let begun = Instant::now();
         let purpose = command.call.purpose();
-        let changes = (command.call.lane() == Lane::Commands).then(|| command.call.name());
+        let changes = command.call.changes().then(|| command.call.name());
         let (done, outcome) = oneshot::channel();
         let ask = Ask { call: command.call, done };
         let asked = async {

@@ -4,7 +4,8 @@ use std::{marker::PhantomData, num::NonZeroU32};
 
 use super::{
     answer::{
-        BlockDevice, BlockExport, BlockNode, DeviceStatistics, Done, IoThread, Job, Schema, Status,
+        BlockDevice, BlockExport, BlockNode, DeviceStatistics, Done, IoThread, Job, Migration,
+        Schema, Status,
     },
     call::{
         Address, Cache, Call, Discard, ExportEnd, NewExport, NewNode, OnError, OnShutdown,
@@ -29,6 +30,10 @@ pub const ALLOWED: &[Allowed] = &[
     },
     Allowed { name: "query-blockstats", why: "which node a device uses" },
     Allowed { name: "query-jobs", why: "whether the disk is at another job" },
+    Allowed {
+        name: "query-migrate",
+        why: "whether the VM is being moved to another host, which an image gives way to",
+    },
     Allowed {
         name: "query-iothreads",
         why: "whether a thread of its own may serve the disk, which some QEMUs do not survive",
@@ -165,6 +170,14 @@ impl Command<Vec<Job>> {
     #[must_use]
     pub fn query_jobs() -> Self {
         Call::QueryJobs.into()
+    }
+}
+
+impl Command<Migration> {
+    /// Whether the VM is being moved.
+    #[must_use]
+    pub fn query_migration() -> Self {
+        Call::QueryMigrate.into()
     }
 }
 
@@ -352,6 +365,7 @@ pub(super) mod tests {
             Command::query_nodes().call,
             Command::query_statistics().call,
             Command::query_jobs().call,
+            Command::query_migration().call,
             Command::query_exports().call,
             Command::set_on_shutdown(OnShutdown::Pause).call,
             Command::set_on_shutdown(OnShutdown::Poweroff).call,
@@ -392,6 +406,7 @@ pub(super) mod tests {
         {"execute":"query-named-block-nodes","arguments":{"flat":true},"id":1}
         {"execute":"query-blockstats","arguments":{"query-nodes":false},"id":1}
         {"execute":"query-jobs","id":1}
+        {"execute":"query-migrate","id":1}
         {"execute":"query-block-exports","id":1}
         {"execute":"set-action","arguments":{"shutdown":"pause"},"id":1}
         {"execute":"set-action","arguments":{"shutdown":"poweroff"},"id":1}

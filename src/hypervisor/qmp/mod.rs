@@ -20,7 +20,7 @@ mod tests;
 
 pub use answer::{
     BlockDevice, BlockExport, BlockNode, Cache, Counters, DeviceStatistics, Done, Image, IoThread,
-    Job, Schema, Status,
+    Job, Migration, Schema, Status,
 };
 pub use call::OnShutdown;
 pub use client::{Events, Observed, Qmp, ServerStop, Switch};

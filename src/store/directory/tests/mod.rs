@@ -133,6 +133,7 @@ pub(in crate::store) fn sealed(id: &ImageId, parts: &[Arc<Part>]) -> Sealed {
             content_digest: ContentDigest([1; 32]),
             object_digest: ObjectDigest([2; 32]),
             parts,
+            snapshot: None,
             point_in_time: None,
             expected: None,
             trace_digest: None,
