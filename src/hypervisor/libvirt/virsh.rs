@@ -309,12 +309,12 @@ mod tests {
         insta::assert_snapshot!(judged("error: failed to connect to the hypervisor\nerror: Failed to connect socket to '/run/libvirt/libvirt-sock': Connection refused\n").report(), @"
         libvirt cannot be asked to start a domain
           0: failed to connect to the hypervisor: Failed to connect socket to '/run/libvirt/libvirt-sock': Connection refused
-        see that libvirtd works: `virsh list --all` must answer at once
+          help: see that libvirtd works: `virsh list --all` must answer at once
         ");
         insta::assert_snapshot!(judged("error: Disconnected from qemu:///system due to end of file\n").report(), @"
         libvirt was asked to start a domain and did not answer
           0: Disconnected from qemu:///system due to end of file
-        see that libvirtd works: `virsh list --all` must answer at once
+          help: see that libvirtd works: `virsh list --all` must answer at once
         ");
     }
 
