@@ -220,7 +220,16 @@ pub trait Volumes: Send + Sync + fmt::Debug {
         path: &'a Path,
         size: ByteSize,
     ) -> BoxFuture<'a, Result<Box<dyn Target>>>;
-    /// What this host's filesystem offers of the volume at `path`: changes
+    /// Removes what a dead daemon left of its snapshots: how many there were.
+    /// To be called before any is taken.
+    ///
+    /// # Errors
+    ///
+    /// `VOLUME_UNAVAILABLE`: they are left to the next start.
+    fn sweep(&self) -> BoxFuture<'_, Result<usize>> {
+        Box::pin(async { Ok(0) })
+    }
+    /// What this host's filesystem or volume manager offers of the volume at `path`: changes
     /// nothing yet. The snapshot will be read at the `pace` of its guest.
     ///
     /// # Errors
@@ -263,7 +272,8 @@ pub enum Offer {
     Nothing(String),
 }
 
-/// A snapshot that the host's filesystem can take of a volume.
+/// A snapshot that the host's filesystem or volume manager can take of a
+/// volume.
 pub trait HostSnapshot: Send + Sync + fmt::Debug {
     /// Its kind.
     fn kind(&self) -> SnapshotKind;
