@@ -205,11 +205,11 @@ pub trait LiveSnapshot: Send + Sync + fmt::Debug {
 
 /// Who says which volume it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Named {
+pub enum NamedBy {
     /// Whoever asks: it must lie where the configuration allows.
-    ByRequest,
+    Request,
     /// The instance whose boot volume it is: it may lie anywhere.
-    ByInstance,
+    Instance,
 }
 
 /// The volumes of this host.
@@ -225,7 +225,7 @@ pub trait Volumes: Send + Sync + fmt::Debug {
     fn hold<'a>(
         &'a self,
         path: &'a Path,
-        named: Named,
+        named: NamedBy,
     ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>>;
     /// Takes the block device or file at `path`, which nobody else may use, to
     /// write an image of `size` bytes over it; a file that does not exist is
@@ -239,7 +239,16 @@ pub trait Volumes: Send + Sync + fmt::Debug {
         path: &'a Path,
         size: ByteSize,
     ) -> BoxFuture<'a, Result<Box<dyn Target>>>;
-    /// What this host's filesystem offers of the volume at `path`: changes
+    /// Removes what a dead daemon left of its snapshots: how many there were.
+    /// To be called before any is taken.
+    ///
+    /// # Errors
+    ///
+    /// `VOLUME_UNAVAILABLE`: they are left to the next start.
+    fn sweep(&self) -> BoxFuture<'_, Result<usize>> {
+        Box::pin(async { Ok(0) })
+    }
+    /// What this host's filesystem or volume manager offers of the volume at `path`: changes
     /// nothing yet. The snapshot will be read at the `pace` of its guest.
     ///
     /// # Errors
@@ -282,7 +291,8 @@ pub enum Offer {
     Nothing(String),
 }
 
-/// A snapshot that the host's filesystem can take of a volume.
+/// A snapshot that the host's filesystem or volume manager can take of a
+/// volume.
 pub trait HostSnapshot: Send + Sync + fmt::Debug {
     /// Its kind.
     fn kind(&self) -> SnapshotKind;

@@ -3,7 +3,7 @@
 //! ```text
 //! path ──open──► checked and open ──hold: holder, qemu_lock──► held ──map──► facts
 //!                                                               └──reader, queue──► pieces
-//! path ──open──► reflink: clone ──reader──► pieces
+//! path ──open──► reflink, lvm: snapshot ──reader──► pieces
 //! path ──open, hold──► target ──writer, queue, flusher──► an image over what was there
 //! ```
 //!
@@ -18,11 +18,13 @@ mod flusher;
 mod hold;
 mod holder;
 mod live;
+mod lvm;
 mod map;
 pub mod nbd;
 mod open;
 mod pace;
 mod procfs;
+mod program;
 mod qemu_lock;
 mod queue;
 mod reader;
@@ -49,15 +51,24 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use self::writes::Writes;
-use self::{hold::hold, holder::Host, live::Live, reader::Source};
-pub use self::{queue::Engine, reader::ReaderSettings};
+use self::{
+    hold::hold,
+    holder::Host,
+    live::Live,
+    open::{Named, Purpose},
+    reader::Source,
+};
+pub use self::{lvm::Lvm, queue::Engine, reader::ReaderSettings};
 use crate::{
     error::{Error, Reason, Result},
     model::{ByteSize, image::SnapshotKind, live::LiveSource, upload::VolumeMark},
     port::{
-        BoxFuture, HeldVolume, Named, Offer, Pace, Piece, Target, VolumeFacts, Volumes, Writer,
+        BoxFuture, HeldVolume, NamedBy, Offer, Pace, Piece, Target, VolumeFacts, Volumes, Writer,
     },
-    sys::ring::{Mode, Ring},
+    sys::{
+        ring::{Mode, Ring},
+        stat::Identity,
+    },
 };
 
 /// How long opening, flushing and mapping a volume may take. A device with
@@ -79,9 +90,17 @@ pub struct HostVolumes {
     settings: ReaderSettings,
     host: Host,
     openings: Openings,
+    lvm: Option<Arc<Lvm>>,
 }
 
-/// Threads that open a volume, or clone it.
+/// What is wanted of a snapshot of the host.
+struct Wanted {
+    writer: Writer,
+    pace: Pace,
+    settings: ReaderSettings,
+}
+
+/// Threads that open a volume, or snapshot it.
 #[derive(Debug, Clone)]
 struct Openings(Arc<Semaphore>);
 
@@ -93,7 +112,14 @@ impl HostVolumes {
     pub fn new(allowed_dirs: Vec<PathBuf>, settings: ReaderSettings) -> Self {
         let openings = Openings(Arc::new(Semaphore::new(OPENINGS)));
         let (allowed, targets) = (allowed_dirs.into(), Arc::default());
-        Self { allowed, targets, settings, host: Host::default(), openings }
+        Self { allowed, targets, settings, host: Host::default(), openings, lvm: None }
+    }
+
+    /// Thin logical volumes are snapshotted by `lvm`.
+    #[must_use]
+    pub fn snapshotting(mut self, lvm: Option<Lvm>) -> Self {
+        self.lvm = lvm.map(Arc::new);
+        self
     }
 
     /// Images may be restored to volumes within `dirs` (`restore_dirs`): by
@@ -171,12 +197,12 @@ impl Volumes for HostVolumes {
     fn hold<'a>(
         &'a self,
         path: &'a Path,
-        named: Named,
+        named: NamedBy,
     ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let asked = path.to_owned();
         let allowed = match named {
-            Named::ByRequest => Arc::clone(&self.allowed),
-            Named::ByInstance => [path.to_owned()].into(),
+            NamedBy::Request => Arc::clone(&self.allowed),
+            NamedBy::Instance => [path.to_owned()].into(),
         };
         Box::pin(async move {
             let held = self.open(path, &allowed, move |host, allowed, settings| {
@@ -208,14 +234,30 @@ impl Volumes for HostVolumes {
         writer: Writer,
         pace: Pace,
     ) -> BoxFuture<'a, Result<Offer>> {
-        let (asked, openings) = (path.to_owned(), self.openings.clone());
+        let (asked, openings, lvm) = (path.to_owned(), self.openings.clone(), self.lvm.clone());
         Box::pin(self.open(path, &self.allowed, move |host, allowed, settings| {
-            let wanted = reflink::Wanted { writer, pace, settings };
-            Ok(match reflink::offer(host, allowed, &asked, wanted)? {
-                Ok(reflink) => Offer::Snapshot(Box::new(reflink::Ready { reflink, openings })),
-                Err(why) => Offer::Nothing(why),
+            let wanted = Wanted { writer, pace, settings };
+            let named = Named::look_up(&asked, allowed, Purpose::ReadBesideGuest)?;
+            let is_file = matches!(named.identity, Identity::File { .. });
+            Ok(match (is_file, &lvm) {
+                (true, _) => match reflink::offer(host, named, wanted)? {
+                    Ok(reflink) => Offer::Snapshot(Box::new(reflink::Ready { reflink, openings })),
+                    Err(why) => Offer::Nothing(why),
+                },
+                (false, Some(lvm)) => match lvm::offer(lvm, host, &named, wanted)? {
+                    Ok(thin) => Offer::Snapshot(Box::new(lvm::Ready { thin, openings })),
+                    Err(why) => Offer::Nothing(why),
+                },
+                (false, None) => Offer::Nothing("it is a device, and LVM cannot be used".into()),
             })
         }))
+    }
+
+    fn sweep(&self) -> BoxFuture<'_, Result<usize>> {
+        Box::pin(async move {
+            let Some(lvm) = self.lvm.clone() else { return Ok(0) };
+            self.openings.run(Path::new("of LVM"), move || lvm.sweep()).await
+        })
     }
 
     fn live<'a>(

@@ -101,6 +101,15 @@ pub(super) trait Past {
     fn correct(&mut self, offset: u64, bytes: &mut [u8]) -> Result<()>;
 }
 
+/// Of a snapshot that nobody writes to: there is nothing to be put right.
+pub(super) struct AsItIs;
+
+impl Past for AsItIs {
+    fn correct(&mut self, _: u64, _: &mut [u8]) -> Result<()> {
+        Ok(())
+    }
+}
+
 /// Reads `source`, extents from `from` on, into `pieces`, as
 /// [`HeldVolume::read`](crate::port::HeldVolume::read) promises. Of a volume
 /// that its `guest` writes to, every extent is corrected after it was read, and

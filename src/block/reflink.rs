@@ -30,11 +30,11 @@ use nix::sys::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Openings,
+    Openings, Wanted,
     hold::measured,
     holder::Host,
-    open::{self, Named, Opened, Purpose},
-    reader::{self, Past, ReaderSettings, Source},
+    open::{self, Named, Opened},
+    reader::{self, AsItIs, Past, ReaderSettings, Source},
     writes::Writes,
 };
 use crate::{
@@ -55,13 +55,6 @@ const EXTENTS: u32 = 500;
 /// filesystem.
 const TRIED: u64 = 64 << 10;
 
-/// What is wanted of a clone.
-pub(super) struct Wanted {
-    pub writer: Writer,
-    pub pace: Pace,
-    pub settings: ReaderSettings,
-}
-
 /// A volume that can be cloned, and the file that it will be cloned into.
 #[derive(Debug)]
 pub(super) struct Reflink {
@@ -76,19 +69,10 @@ pub(super) struct Reflink {
     settings: ReaderSettings,
 }
 
-/// Looks whether the volume at `asked` can be cloned, and why not.
-pub(super) fn offer(
-    host: &Host,
-    allowed: &[PathBuf],
-    asked: &Path,
-    wanted: Wanted,
-) -> Result<Result<Reflink, String>> {
-    let named = Named::look_up(asked, allowed, Purpose::ReadBesideGuest)?;
+/// Looks whether the file `named` can be cloned, and why not.
+pub(super) fn offer(host: &Host, named: Named, wanted: Wanted) -> Result<Result<Reflink, String>> {
     let (path, identity) = (named.path.clone(), named.identity);
     let nothing = |why: String| Ok(Err(why));
-    if !matches!(identity, Identity::File { .. }) {
-        return nothing("it is a device".into());
-    }
     let Some(Opened { file, sector_size, .. }) = named.open()? else {
         return nothing("something has claimed it".into());
     };
@@ -242,14 +226,5 @@ impl HeldVolume for Clone {
     fn read(&mut self, pieces: &SyncSender<Piece>, stop: &CancellationToken) -> Result<()> {
         let guest: (&mut dyn Past, &Pace) = (&mut AsItIs, &self.pace);
         reader::read(&self.source, self.settings, self.from, Some(guest), pieces, stop)
-    }
-}
-
-/// Nobody writes to a clone.
-struct AsItIs;
-
-impl Past for AsItIs {
-    fn correct(&mut self, _: u64, _: &mut [u8]) -> Result<()> {
-        Ok(())
     }
 }

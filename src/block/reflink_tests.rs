@@ -131,7 +131,8 @@ fn loop_what_cannot_be_cloned_says_why() {
     insta::assert_snapshot!(said(dir.path(), &path, Writer::Nobody),
         @"its filesystem is neither XFS nor btrfs, which clone files");
     let device = Loop::over(&path, &["--read-only"]);
-    insta::assert_snapshot!(said(Path::new("/dev"), &device.0, Writer::Nobody), @"it is a device");
+    insta::assert_snapshot!(said(Path::new("/dev"), &device.0, Writer::Nobody),
+        @"it is a device, and LVM cannot be used");
 
     // Every other block of 4 KiB: as many pieces.
     let mounted = Mounted::new("xfs", 320);

@@ -20,7 +20,7 @@ use super::{Engine, HostVolumes, ReaderSettings};
 use crate::{
     error::{Error, Reason, Result},
     model::image::EXTENT_SIZE,
-    port::{HeldVolume, Named, Piece, Volumes},
+    port::{HeldVolume, NamedBy, Piece, Volumes},
 };
 
 pub(super) const E: u64 = EXTENT_SIZE;
@@ -37,7 +37,7 @@ pub(super) fn hold_with(
 ) -> Result<Box<dyn HeldVolume>> {
     let volumes = HostVolumes::new(vec![dir.to_owned()], settings);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    runtime.block_on(volumes.hold(path, Named::ByRequest))
+    runtime.block_on(volumes.hold(path, NamedBy::Request))
 }
 
 pub(super) fn hold(dir: &Path, path: &Path) -> Result<Box<dyn HeldVolume>> {

@@ -4,7 +4,7 @@ use std::{fs, io, path::PathBuf, sync::Arc};
 
 use super::{Parts, clock::SystemClock};
 use crate::{
-    block::{self, HostVolumes, ReaderSettings},
+    block::{self, HostVolumes, Lvm, ReaderSettings},
     config::{Config, StoreConfig},
     error::{Context, Reason, Result},
     hypervisor::{Hosts, LibvirtHost, QemuHost},
@@ -53,19 +53,35 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let outlets = Arc::new(ParOutlets::new(owner.name()));
     let stores = config.stores.into_iter().map(|(name, store)| owner.store(name, store, &clock));
     let workers = Workers::of_this_program();
+    let (lvm, thin_snapshots) = lvm(owner.name()).await;
     let confinement = confinement(workers.clone()).await?;
     Ok(Parts {
         clock: Arc::clone(&clock),
         hypervisor: Arc::new(hypervisors),
-        volumes: Arc::new(HostVolumes::new(allowed, reader).restoring_to(config.restore_dirs)),
+        volumes: Arc::new(
+            HostVolumes::new(allowed, reader).restoring_to(config.restore_dirs).snapshotting(lvm),
+        ),
         stores: stores.collect(),
         outlets,
         inspector: Arc::new(workers),
-        features: vec![io_uring, confinement],
+        features: vec![io_uring, confinement, thin_snapshots],
     })
 }
 
-/// Whose uploads are this daemon's.
+/// LVM, where it is there and this process may use it.
+async fn lvm(owner: String) -> (Option<Lvm>, Feature) {
+    let found = tokio::task::spawn_blocking(move || Lvm::find(&owner)).await;
+    let found = found.unwrap_or_else(|panic| Err(panic.to_string()));
+    let (available, details) = match &found {
+        Ok(_) => (true, "thin logical volumes are snapshotted".into()),
+        Err(why) => {
+            (false, format!("{why}; logical volumes are imaged without snapshots of the host"))
+        }
+    };
+    (found.ok(), Feature { name: "lvm".into(), available, details })
+}
+
+/// Whose uploads and snapshots are this daemon's.
 struct Owner {
     state_dir: PathBuf,
     host_id: String,

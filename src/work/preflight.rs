@@ -10,7 +10,7 @@ use crate::{
         instance::{Instance, PowerState},
         live::Mode,
     },
-    port::{HeldVolume, HostSnapshot, Named, Offer, Pace, Prepared, SnapshotOrder, Writer},
+    port::{HeldVolume, HostSnapshot, NamedBy, Offer, Pace, Prepared, SnapshotOrder, Writer},
     recorder::Recorder,
 };
 
@@ -95,7 +95,7 @@ impl Work {
                 }
             }
         }
-        let named = instance.map_or(Named::ByRequest, |_| Named::ByInstance);
+        let named = instance.map_or(NamedBy::Request, |_| NamedBy::Instance);
         let held = self.0.ports.volumes.hold(volume, named).await;
         let held = held.map_err(|error| match instance {
             Some(_) if error.field_name() == Some("boot_volume") => error.field("instance_id"),

@@ -29,6 +29,11 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
         .filter(|request| resumable(request))
         .filter_map(|request| Some(request.resume.as_ref()?.image_id.clone()))
         .collect();
+    match ports.volumes.sweep().await {
+        Ok(0) => {}
+        Ok(snapshots) => tracing::warn!(snapshots, "removed snapshots that a dead daemon left"),
+        Err(error) => tracing::error!("{error:?}"),
+    }
     let mut stores = Stores::default();
     for store in &ports.stores {
         match store.sweep(&keep).await {

@@ -22,7 +22,7 @@ use crate::{
         upload::{KeptPart, Resume, ResumeSource},
         work_request::{Status, WorkRequest},
     },
-    port::{HeldVolume, Named, ObjectStore, Pace, Upload},
+    port::{HeldVolume, NamedBy, ObjectStore, Pace, Upload},
 };
 
 /// How often a store that is away is tried again.
@@ -99,8 +99,8 @@ impl Interrupted {
             (ResumeSource::AtRest(mark), _) => {
                 let path = &self.resume.origin.source_volume;
                 let named = match &self.resume.origin.source_instance_id {
-                    Some(_) => Named::ByInstance,
-                    None => Named::ByRequest,
+                    Some(_) => NamedBy::Instance,
+                    None => NamedBy::Request,
                 };
                 let held = ports.volumes.hold(path, named).await?;
                 if held.mark().as_ref() != Some(mark) {

@@ -4,7 +4,7 @@ use std::{path::Path, sync::mpsc::sync_channel, thread, time::Instant};
 
 use imaged::{
     block,
-    port::{Named, Piece, Volumes as _},
+    port::{NamedBy, Piece, Volumes as _},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -36,7 +36,7 @@ pub fn read_limit(volumes: &Volumes, report: &mut Report) {
 pub fn read(device: &Path, take: impl FnMut(Piece) + Send) -> f64 {
     let host = block::HostVolumes::new(vec!["/dev".into()], block::ReaderSettings::default());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let mut held = runtime.block_on(host.hold(device, Named::ByRequest)).unwrap();
+    let mut held = runtime.block_on(host.hold(device, NamedBy::Request)).unwrap();
     let (pieces_in, pieces) = sync_channel(4);
     let start = Instant::now();
     thread::scope(|scope| {

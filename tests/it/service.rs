@@ -25,7 +25,7 @@ use imaged::{
         work_request_service_client::WorkRequestServiceClient,
     },
     port::{
-        BoxFuture, Delete, HeldVolume, Named, ObjectReader, ObjectStore, Offer, Pace, Target,
+        BoxFuture, Delete, HeldVolume, NamedBy, ObjectReader, ObjectStore, Offer, Pace, Target,
         Upload, Volumes, Writer,
     },
     store::ParOutlets,
@@ -44,7 +44,11 @@ use tonic_types::StatusExt;
 struct NoVolumes;
 
 impl Volumes for NoVolumes {
-    fn hold<'a>(&'a self, path: &'a Path, _: Named) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
+    fn hold<'a>(
+        &'a self,
+        path: &'a Path,
+        _: NamedBy,
+    ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
         let error = Error::new(Reason::VolumeNotFound, format!("no volume {}", path.display()));
         Box::pin(async { Err(error) })
     }
@@ -61,7 +65,7 @@ impl Volumes for NoVolumes {
         source: &'a LiveSource,
         _: Pace,
     ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
-        self.hold(source.volume(), Named::ByInstance)
+        self.hold(source.volume(), NamedBy::Instance)
     }
     fn target<'a>(&'a self, path: &'a Path, _: ByteSize) -> BoxFuture<'a, Result<Box<dyn Target>>> {
         let error = Error::new(Reason::VolumeNotFound, format!("no volume {}", path.display()));
