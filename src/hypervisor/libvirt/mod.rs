@@ -9,7 +9,7 @@
 //! undo      takes it back from wherever it stands; what a guard does
 //! ```
 //! A backup of libvirt's is QEMU's older `blockdev-backup`: a scratch that
-//! has no room stops the guest, not the backup (seen). So the image is given
+//! has no room stops the guest, not the backup. So the image is given
 //! up at four fifths of the room, by imaged, and by its guard when it is dead.
 //!
 //! The backup is known by its export's name, which nobody else has chosen;
