@@ -35,7 +35,8 @@ start
 while :; do
   # A file there is an order, and its end the answer.
   if [ -e "$dir/stop" ]; then
-    kill -KILL "$daemon" && wait "$daemon" || true
+    kill -KILL "$daemon" || true
+    wait "$daemon" || true
     rm -f "$dir/stop"
   elif [ -e "$dir/start" ]; then
     start
