@@ -13,7 +13,7 @@ use crate::{
     model::{
         ByteSize, ImageId, Timestamp, WorkRequestId,
         image::{Compression, Consistency, Image, ImageState, LaunchMode, SnapshotKind},
-        instance::{Instance, PowerState},
+        instance::{Instance, Machine, PowerState},
         live::{Expected, Force, Mode, PointInTime, Rehearsal},
         trace::{Channel, Dropped, Entry, Kind, Trace},
         work_request::{Action, NewRates, Operation, Rates, Status, WorkRequest},
@@ -584,7 +584,10 @@ pub(super) fn instance(instance: &Instance, power: PowerState) -> pb::Instance {
         boot_volume: instance.boot_volume.display().to_string(),
         base_image_id: instance.base_image_id.clone().map(String::from).unwrap_or_default(),
         shape: optional(&instance.shape),
-        hypervisor: "qemu".into(),
+        hypervisor: match instance.machine {
+            Machine::Qemu(_) => "qemu".into(),
+            Machine::Domain(_) => "libvirt".into(),
+        },
         systemd_unit: optional(&instance.systemd_unit),
         operating_system: instance.os.name.clone(),
         operating_system_version: instance.os.version.clone(),

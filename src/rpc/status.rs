@@ -148,9 +148,11 @@ mod tests {
         STORE_NOT_FOUND: NotFound
         VOLUME_HELD: FailedPrecondition
         SNAPSHOT_REFUSED: FailedPrecondition
+        SHUTDOWN_REFUSED: Unavailable
         SOURCE_LOCKED: Aborted
         IMAGE_LOCKED: Aborted
         OBJECT_EXISTS: AlreadyExists
+        HOST_DRAINED: FailedPrecondition
         TOO_MANY_REQUESTS: ResourceExhausted
         DAEMON_RUNNING: FailedPrecondition
         HYPERVISOR_BUSY: FailedPrecondition

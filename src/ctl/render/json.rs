@@ -471,6 +471,7 @@ mod tests {
         {
           "data": {
             "architecture": "x86_64",
+            "drained": false,
             "encode-threads": 4,
             "features": [
               {
@@ -517,7 +518,8 @@ mod tests {
                 "total-bytes": null
               }
             ],
-            "work-requests-in-progress": 1
+            "work-requests-in-progress": 1,
+            "work-requests-waiting": 0
           }
         }
         "#);

@@ -727,6 +727,7 @@ mod tests {
         architecture               x86_64
         encode-threads             4
         work-requests-in-progress  1
+        work-requests-waiting      0
         max-upload-rate            200 MiB/s
 
         FEATURE   AVAILABLE  DETAILS

@@ -610,7 +610,9 @@ fn man_pages_and_completions_come_from_the_same_definitions() {
     names.sort();
     insta::assert_snapshot!(names.join("\n"), @"
     imagectl-completions.1
+    imagectl-host-drain.1
     imagectl-host-get.1
+    imagectl-host-resume.1
     imagectl-host-update.1
     imagectl-host.1
     imagectl-image-create.1
