@@ -294,7 +294,7 @@ impl HostService for Service {
         Ok(Response::new(samples::host()))
     }
 
-    /// Two are at work, and done at the next look.
+    /// One waits, and is done at the next look.
     async fn drain_host(&self, _: Request<pb::DrainHostRequest>) -> Answer<pb::Host> {
         let host = pb::Host { drained: true, work_requests_waiting: 1, ..samples::host() };
         Ok(Response::new(host))
