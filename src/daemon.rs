@@ -59,6 +59,8 @@ pub struct Parts {
     pub inspector: Arc<dyn Inspector>,
     /// What the parts found on this host.
     pub features: Vec<Feature>,
+    /// What a host may well be without: nobody is warned of that.
+    pub optional: Vec<Feature>,
 }
 
 /// Runs the daemon until `stop`. `wire` makes the parts once the state
@@ -91,6 +93,7 @@ where
     for missing in features.iter().filter(|feature| !feature.available) {
         tracing::warn!("{}: {}", missing.name, missing.details);
     }
+    features.extend(parts.optional);
     let cores = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let encode_threads = config.encode_threads(cores);
     let facts = HostFacts {

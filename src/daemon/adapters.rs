@@ -64,7 +64,8 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
         stores: stores.collect(),
         outlets,
         inspector: Arc::new(workers),
-        features: vec![io_uring, confinement, thin_snapshots],
+        features: vec![io_uring, confinement],
+        optional: vec![thin_snapshots],
     })
 }
 

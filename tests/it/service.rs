@@ -142,6 +142,7 @@ async fn empty(_: Config, _: Vec<Instance>) -> Result<Parts> {
             available: false,
             details: "the kernel forbids it".into(),
         }],
+        optional: Vec::new(),
     })
 }
 
