@@ -81,23 +81,23 @@ pub fn running(report: &mut Report) {
 }
 
 /// How long a guest is away for an image for which it is shut down, less how
-/// long it is for a restart of its own: from when its agent closes its port
-/// until the next one opens it, which QEMU tells.
+/// long it is for a restart of its own: from the order until the agent of the
+/// next boot answers.
 fn downtime(guest: &Guest, daemon: &Daemon, report: &mut Report) {
-    let away = |order: &dyn Fn()| {
-        let mut monitor = Monitor::of(guest);
-        order();
-        let port = |open: bool| {
-            move |event: &Value| {
-                event["event"] == "VSERPORT_CHANGE" && event["data"]["open"] == open
-            }
-        };
-        monitor.event(port(false));
-        let gone = Instant::now();
-        monitor.event(port(true));
-        let seconds = gone.elapsed().as_secs_f64();
+    let boot = || {
         guest.vm("wait-agent", &[]);
-        seconds
+        guest.sh("cat /proc/sys/kernel/random/boot_id")
+    };
+    let away = |order: &dyn Fn()| {
+        let before = boot();
+        let begun = Instant::now();
+        order();
+        wait_for("the next boot", Duration::from_secs(120), || {
+            // It may go down while it is asked.
+            let asked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(boot));
+            asked.is_ok_and(|now| now != before).then_some(())
+        });
+        begun.elapsed().as_secs_f64()
     };
     let (mut alone, mut imaged) = (vec![], vec![]);
     for _ in 0..ROUNDS {

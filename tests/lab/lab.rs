@@ -437,11 +437,6 @@ impl Monitor {
         }
     }
 
-    /// Waits for an event that is so.
-    pub fn event(&mut self, is_it: impl Fn(&Value) -> bool) {
-        while !is_it(&self.line()) {}
-    }
-
     fn line(&mut self) -> Value {
         let mut line = String::new();
         self.stream.read_line(&mut line).unwrap();
