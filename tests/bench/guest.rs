@@ -48,13 +48,7 @@ struct Seen {
 }
 
 pub fn running(report: &mut Report) {
-    let names = [
-        "freeze-window-ms",
-        "guest-latency-ratio",
-        "scratch-bytes",
-        "capture-live-debian",
-        "downtime-stop-s",
-    ];
+    let names = ["freeze-window-ms", "guest-latency-ratio", "scratch-bytes", "capture-live-debian"];
     if !names.iter().any(|name| report.wants(name)) {
         return;
     }
@@ -75,44 +69,6 @@ pub fn running(report: &mut Report) {
     if names[..3].iter().any(|name| report.wants(name)) {
         cost(&guest, &daemon(""), report);
     }
-    if report.wants("downtime-stop-s") {
-        downtime(&guest, &daemon(""), report);
-    }
-}
-
-/// How long a guest is away for an image for which it is shut down, less how
-/// long it is for a restart of its own: from the order until the agent of the
-/// next boot answers.
-fn downtime(guest: &Guest, daemon: &Daemon, report: &mut Report) {
-    let boot = || {
-        guest.vm("wait-agent", &[]);
-        guest.sh("cat /proc/sys/kernel/random/boot_id")
-    };
-    let away = |order: &dyn Fn()| {
-        let before = boot();
-        let begun = Instant::now();
-        order();
-        wait_for("the next boot", Duration::from_secs(120), || {
-            // It may go down while it is asked.
-            let asked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(boot));
-            asked.is_ok_and(|now| now != before).then_some(())
-        });
-        begun.elapsed().as_secs_f64()
-    };
-    let (mut alone, mut imaged) = (vec![], vec![]);
-    for _ in 0..ROUNDS {
-        alone.push(away(&|| guest.restart()));
-        let create = ["image", "create", "--instance-id", "web-1", "--consistency", "stop"];
-        imaged.push(away(&|| drop(daemon.json(&create))));
-        let images = wait_for("the image", Duration::from_secs(120), || {
-            let images = daemon.json(&["image", "list"])["data"].clone();
-            (images[0]["lifecycle-state"] == "AVAILABLE").then_some(images)
-        });
-        delete(daemon, &images[0]);
-    }
-    let more: Vec<_> = imaged.iter().zip(&alone).map(|(imaged, alone)| imaged - alone).collect();
-    report.value("downtime-stop-s", median(&more), "s, more than its own restart takes");
-    report.value("downtime-restart-s", median(&alone), "s, of its own restart");
 }
 
 /// The freeze of a guest whose file is cloned within it, on XFS.

@@ -356,13 +356,6 @@ impl Guest {
         self.vm("exec", &["/bin/sh", "-c", script])
     }
 
-    /// Has it restart by itself.
-    pub fn restart(&self) {
-        // Its agent ends before it could answer.
-        let order = "setsid /sbin/shutdown -r +0 </dev/null >/dev/null 2>&1 &";
-        self.sh(order);
-    }
-
     /// What its QEMU answers to a question, in JSON.
     pub fn qmp(&self, question: &str) -> String {
         self.vm("qmp", &[question])
