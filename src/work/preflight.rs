@@ -79,7 +79,7 @@ impl Work {
                 PowerState::Stopped => {}
                 PowerState::Running => {
                     let pace = Pace::default();
-                    let (host, why) = self.of_host(volume, mode, &pace).await;
+                    let (host, why) = self.of_host(volume, &pace).await;
                     let order = SnapshotOrder { mode, scratch: self.0.settings.scratch_size, host };
                     let prepared =
                         self.0.ports.hypervisor.prepare(instance, order, recorder).await?;
@@ -109,13 +109,8 @@ impl Work {
     async fn of_host(
         &self,
         volume: &Path,
-        mode: Mode,
         pace: &Pace,
     ) -> (Option<Box<dyn HostSnapshot>>, Option<String>) {
-        // The filter is what tells a QEMU that is to be started again.
-        if matches!(mode, Mode::Stop(_)) {
-            return (None, None);
-        }
         let volumes = &self.0.ports.volumes;
         match volumes.host_snapshot(volume, Writer::Guest, pace.clone()).await {
             Ok(Offer::Snapshot(snapshot)) => (Some(snapshot), None),

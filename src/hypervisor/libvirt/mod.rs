@@ -24,15 +24,13 @@ mod virsh;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use tokio::time::Instant;
-
 pub(super) use virsh::{Failed, Line};
 
 use self::{
     domain::{Described, Odd},
     virsh::{State, Virsh},
 };
-use super::guard::Guards;
+use super::{COMMAND, guard::Guards, within};
 use crate::{
     error::{Context, Error, Reason, Result},
     model::{
@@ -46,9 +44,6 @@ use crate::{
     recorder::Recorder,
 };
 
-/// For a question to a libvirtd that works.
-const COMMAND: Duration = Duration::from_secs(10);
-
 /// For a caller that waits for a list, whatever libvirtd does.
 const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -59,10 +54,6 @@ const AT_ONCE: usize = 500;
 const BACKUP_FILE: &str = "backup.xml";
 const SCRATCH_FILE: &str = "scratch.qcow2";
 const SOCKET_FILE: &str = "nbd.sock";
-
-fn within(time: Duration) -> Instant {
-    Instant::now() + time
-}
 
 /// The domains of this host.
 #[derive(Debug)]

@@ -5,18 +5,14 @@ use std::{fs, path::Path, sync::Arc};
 use super::{
     COMMAND,
     domain::Described,
-    snapshot::{Hold, Ready},
+    snapshot::Ready,
     stop::Stopper,
     virsh::{Line, State},
     within,
 };
 use crate::{
     error::{Context, Error, Reason, Result},
-    hypervisor::{
-        agent::Agent,
-        guard::Guards,
-        live::{self, Freezer},
-    },
+    hypervisor::{agent::Agent, freeze::Freezer, guard::Guards, hold::Hold, live},
     model::{
         ByteSize,
         instance::Instance,

@@ -22,48 +22,25 @@ use crate::{
     error::{Context, Error, Reason, Result},
     hypervisor::{
         guard::Guards,
-        live::{self, Freezer},
+        hold::{Hold, Moment},
     },
     model::{
         ByteSize,
-        instance::Instance,
         live::{Backup, BackupSource, Held, LiveSource, Mode, PointInTime, Undo},
         upload::ResumeSource,
     },
     port::{BoxFuture, DiskWork, LiveSnapshot, Prepared},
-    recorder::Recorder,
     steps,
 };
 
 /// How often the scratch is measured.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// How a guest is held for its point in time.
-#[derive(Debug)]
-pub(super) enum Hold {
-    /// Not at all.
-    Not,
-    /// Its filesystems are frozen.
-    Frozen(Freezer),
-    /// It is shut down, and started again.
-    Stopped(Stopper),
-}
-
-impl Hold {
-    /// What may have to be ended.
-    pub fn undo(&self, instance: &Instance) -> Held {
-        Held {
-            frozen: matches!(self, Self::Frozen(_)),
-            stopped: matches!(self, Self::Stopped(_)).then_some(instance.shutdown_seconds),
-        }
-    }
-}
-
 /// A snapshot that can be taken: everything was looked at.
 #[derive(Debug)]
 pub(super) struct Ready {
     pub line: Line,
-    pub hold: Hold,
+    pub hold: Hold<Stopper>,
     pub undo: Undo,
     pub backup: Backup,
     pub owner: Option<(u32, u32)>,
@@ -88,7 +65,7 @@ impl Prepared for Ready {
             // It stays until the backup has ended: it keeps the scratch from
             // filling, too.
             self.guards.set(&self.undo).await?;
-            let point = self.point().await?;
+            let point = self.hold.point(&self.line, self.mode, &self.line.recorder, &*self).await?;
             let Self { line, undo, backup, volume, size, guards, .. } = *self;
             let source = LiveSource::Backup(BackupSource {
                 size,
@@ -103,36 +80,6 @@ impl Prepared for Ready {
 }
 
 impl Ready {
-    /// Takes it, with the guest held as it is to be.
-    async fn point(&self) -> Result<PointInTime> {
-        let recorder: &Recorder = &self.line.recorder;
-        let begin = async |deadline| self.begin(deadline).await;
-        let begun = Instant::now();
-        Ok(match &self.hold {
-            Hold::Not => {
-                begin(within(COMMAND)).await?;
-                live::unfrozen(begun.elapsed())
-            }
-            Hold::Stopped(stopper) => {
-                let consistency = stopper.shut_down(&self.line).await?;
-                stopper.start_paused(&self.line).await?;
-                begin(within(COMMAND)).await?;
-                stopper.go_on(&self.line).await?;
-                PointInTime { consistency, stopped: true, ..live::unfrozen(begun.elapsed()) }
-            }
-            Hold::Frozen(freezer) => match freezer.during(recorder, begin).await {
-                Ok(((), frozen)) => live::point(freezer, frozen, self.mode)?,
-                Err(error) if self.mode == Mode::FreezeOrCrash && live::nothing_frozen(&error) => {
-                    recorder.note(format!("not frozen: {error}"));
-                    let begun = Instant::now();
-                    begin(within(COMMAND)).await?;
-                    live::unfrozen(begun.elapsed())
-                }
-                Err(error) => return Err(error),
-            },
-        })
-    }
-
     /// The point in time: libvirt has QEMU begin a backup (`blockdev-backup`
     /// with `sync=none`), which copies from then on what is overwritten.
     async fn begin(&self, deadline: Instant) -> Result<()> {
@@ -149,6 +96,12 @@ impl Ready {
         made.context(Reason::Internal, || {
             format!("no scratch can be made in {}", self.backup.dir.display())
         })
+    }
+}
+
+impl Moment for Ready {
+    fn switch(&self, deadline: Instant) -> BoxFuture<'_, Result<()>> {
+        Box::pin(self.begin(deadline))
     }
 }
 

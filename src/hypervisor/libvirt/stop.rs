@@ -20,7 +20,9 @@ use super::{
 };
 use crate::{
     error::{Error, Reason, Result},
+    hypervisor::hold,
     model::{image::Consistency, instance::Instance, live::Force},
+    recorder::Recorder,
 };
 
 /// Between two looks at a guest that shuts down: each is a process.
@@ -86,14 +88,7 @@ impl Stopper {
         Ok(Self { force, limit, agent: now.agent, name: name.clone() })
     }
 
-    /// Shuts the guest down; what its volume holds then. After an error it is
-    /// to be started again.
-    ///
-    /// # Errors
-    ///
-    /// `SHUTDOWN_REFUSED`: it is still there when its time is over; all that
-    /// begin with `HYPERVISOR_`.
-    pub async fn shut_down(&self, line: &Line) -> Result<Consistency> {
+    async fn bring_down(&self, line: &Line) -> Result<Consistency> {
         let ways = if self.agent { &["agent", "acpi"][..] } else { &["acpi"] };
         for way in ways {
             let asked = ["--mode", way];
@@ -138,14 +133,20 @@ impl Stopper {
             }
         }
     }
+}
 
-    /// Starts it with its processors stopped: nothing is written.
-    pub async fn start_paused(&self, line: &Line) -> Result<()> {
-        line.tell("start a domain", "start", &["--paused"], within(START)).await.map(drop)
+impl hold::Stopper for Stopper {
+    type Line = Line;
+
+    /// It is started again then, with its processors stopped: a backup needs
+    /// a QEMU, and nothing is written.
+    async fn shut_down(&self, line: &Line, _: &Recorder) -> Result<Consistency> {
+        let consistency = self.bring_down(line).await?;
+        let _ = line.tell("start a domain", "start", &["--paused"], within(START)).await?;
+        Ok(consistency)
     }
 
-    /// Lets it go.
-    pub async fn go_on(&self, line: &Line) -> Result<()> {
+    async fn start(&self, line: &Line) -> Result<()> {
         line.tell("let a domain go on", "resume", &[], within(COMMAND)).await.map(drop)
     }
 }

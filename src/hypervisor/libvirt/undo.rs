@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     error::{Context, Error, Reason, Result},
-    hypervisor::{agent::Agent, live},
+    hypervisor::{agent::Agent, freeze, live},
     model::{
         ByteSize,
         live::{Backup, Undo},
@@ -52,7 +52,7 @@ pub(super) async fn undo(line: &Line, undo: &Undo, backup: &Backup) -> Result<()
 pub(super) async fn let_go(line: &Line, undo: &Undo, backup: &Backup) -> Result<()> {
     if undo.held.frozen && started(line).await? == Some(backup.started) {
         let agent = Agent::of_domain(line.clone());
-        let count = live::thaw(&agent, &line.recorder).await?;
+        let count = freeze::thaw(&agent, &line.recorder).await?;
         if count > 0 {
             tracing::warn!(instance = undo.instance, count, "thawed a guest that was left frozen");
         }

@@ -27,7 +27,6 @@
 //! guard, a process beside imaged, which starts one again that was shut down.
 
 mod find;
-mod freeze;
 mod iothread;
 mod names;
 mod of_host;
@@ -36,25 +35,15 @@ mod snapshot;
 mod stop;
 mod undo;
 
-pub(super) use freeze::{Freezer, nothing_frozen, thaw};
 pub use prepare::prepare;
 pub(super) use prepare::room;
 pub use snapshot::regain;
-pub(super) use snapshot::{point, unfrozen};
 pub(super) use undo::clean;
 pub use undo::{let_go, undo};
 
-use std::time::Duration;
-
-/// For a command to a QEMU that works; one that does not is told of.
-const COMMAND: Duration = Duration::from_secs(10);
+use super::{COMMAND, within};
 
 /// Of a file or directory that imaged makes for a QEMU.
 const SCRATCH_FILE: &str = "scratch.qcow2";
 /// The NBD server's socket.
 const SOCKET_FILE: &str = "nbd.sock";
-
-/// From now on.
-fn within(time: Duration) -> tokio::time::Instant {
-    tokio::time::Instant::now() + time
-}

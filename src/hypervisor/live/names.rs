@@ -18,6 +18,8 @@ pub(super) struct Names {
     pub filter: NodeName,
     /// What shows the volume as it was.
     pub access: NodeName,
+    /// Says that the guest is to be started again.
+    pub mark: NodeName,
     /// Export of the access.
     pub snapshot: ExportId,
     /// Export of the overlay.
@@ -40,6 +42,7 @@ impl Names {
                 overlay: node("overlay")?,
                 filter: node("filter")?,
                 access: node("access")?,
+                mark: node("stopped")?,
                 snapshot: export("snapshot")?,
                 saved: export("saved")?,
                 live: export("live")?,

@@ -1,21 +1,22 @@
-//! A snapshot that the host's filesystem takes, while the guest is frozen.
+//! A snapshot that the host's filesystem or volume manager takes, while the
+//! guest is frozen or shut down.
 //!
-//! QEMU has no part in it, and nothing is added to it: what its guest wrote
-//! is in the file by then, or in the page cache above it, which is part of
-//! the file. Without a freeze it is what a pulled plug leaves: the host takes
+//! QEMU has no part in it: what its guest wrote is in the file by then, or in
+//! the page cache above it, which is part of the file. Without a freeze it is what a pulled plug leaves: the host takes
 //! it between two writes, for those that are on their way.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{
-    find::BootDisk,
-    snapshot::{Hold, Moment, disk_work},
-};
+use super::{find::BootDisk, snapshot::disk_work, stop::Stopper};
 use crate::{
     error::{Error, Reason, Result},
-    hypervisor::{guard::Guards, qmp::Qmp},
+    hypervisor::{
+        guard::Guards,
+        hold::{Hold, Moment},
+        qmp::Qmp,
+    },
     model::{
         ByteSize,
         live::{LiveSource, Mode, PointInTime, Undo},
@@ -29,7 +30,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Ready {
     pub qmp: Qmp,
-    pub hold: Hold,
+    pub hold: Hold<Stopper>,
     pub disk: BootDisk,
     pub snapshot: Box<dyn HostSnapshot>,
     pub undo: Undo,

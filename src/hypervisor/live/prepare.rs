@@ -12,11 +12,10 @@ use nix::unistd::{Gid, Uid};
 use super::{
     COMMAND,
     find::{BootDisk, boot_disk},
-    freeze::Freezer,
     iothread,
     names::Names,
     of_host,
-    snapshot::{Hold, Ready},
+    snapshot::Ready,
     stop::Stopper,
     undo::sockets,
     within,
@@ -25,7 +24,9 @@ use crate::{
     error::{Context, Error, Reason, Result},
     hypervisor::{
         agent::Agent,
+        freeze::Freezer,
         guard::Guards,
+        hold::Hold,
         qmp::{Command, Qmp},
     },
     model::{
@@ -75,7 +76,7 @@ pub async fn prepare(
                 Some(socket) => agent(socket, &recorder).await,
                 None => None,
             };
-            Hold::Stopped(Stopper::new(&qmp, instance, agent, force).await?)
+            Hold::Stopped(Stopper::new(&qmp, instance, names.mark.clone(), agent, force).await?)
         }
         (Mode::Freeze, None) => {
             let context = format!("nothing can freeze instance {:?}", instance.name);
@@ -84,7 +85,7 @@ pub async fn prepare(
             return Err(error.advice(CRASH).field("instance_id"));
         }
     };
-    let of_host = order.host.take().filter(|_| disk.raw && !matches!(hold, Hold::Stopped(_)));
+    let of_host = order.host.take().filter(|_| disk.raw);
     if let Some(snapshot) = of_host {
         let undo = Undo {
             instance: instance.name.clone(),

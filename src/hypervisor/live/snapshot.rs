@@ -16,9 +16,8 @@ use tokio::time::{Instant, sleep, timeout};
 use super::{
     COMMAND, SCRATCH_FILE, SOCKET_FILE,
     find::BootDisk,
-    freeze::{Freezer, Frozen, nothing_frozen},
     names::Names,
-    stop::{Down, Stopper},
+    stop::Stopper,
     undo::{clean, sockets, take_out},
     within,
 };
@@ -27,6 +26,7 @@ use crate::{
     format::qcow2,
     hypervisor::{
         guard::Guards,
+        hold::{Hold, Moment},
         qmp::{
             AllocationMap, Command, DeviceStatistics, Done, Events, FilePath, NodeRef, Observed,
             Qmp, SocketPath, Switch,
@@ -34,9 +34,7 @@ use crate::{
     },
     model::{
         ByteSize,
-        image::Consistency,
-        instance::Instance,
-        live::{Filter, FilterSource, Held, LiveSource, Mode, PointInTime, Undo},
+        live::{Filter, FilterSource, LiveSource, PointInTime, Undo},
         upload::ResumeSource,
     },
     port::{BoxFuture, DiskWork, LiveSnapshot, Prepared, SnapshotOrder},
@@ -60,76 +58,11 @@ const SYNC: Duration = Duration::from_secs(300);
 /// its tables at once.
 const LEFT: u64 = ByteSize::MIB;
 
-/// How a guest is held for its point in time.
-#[derive(Debug)]
-pub(super) enum Hold {
-    /// Not at all.
-    Not,
-    /// Its filesystems are frozen.
-    Frozen(Freezer),
-    /// It is shut down, and started again.
-    Stopped(Stopper),
-}
-
-impl Hold {
-    /// What may have to be ended.
-    pub fn undo(&self, instance: &Instance) -> Held {
-        Held {
-            frozen: matches!(self, Self::Frozen(_)),
-            stopped: matches!(self, Self::Stopped(_)).then_some(instance.shutdown_seconds),
-        }
-    }
-
-    /// Takes the point in time with the guest held as it is to be.
-    pub async fn point(
-        &self,
-        qmp: &Qmp,
-        mode: Mode,
-        recorder: &Recorder,
-        moment: &dyn Moment,
-    ) -> Result<PointInTime> {
-        let switching = async |deadline| moment.switch(deadline).await;
-        let begun = Instant::now();
-        Ok(match self {
-            Self::Not => {
-                switching(within(COMMAND)).await?;
-                unfrozen(begun.elapsed())
-            }
-            Self::Stopped(stopper) => {
-                let down = stopper.shut_down(qmp, recorder).await?;
-                switching(within(COMMAND)).await?;
-                stopper.start(qmp).await?;
-                let consistency = match down {
-                    Down::Clean => Consistency::Clean,
-                    Down::Pulled => Consistency::Crash,
-                };
-                PointInTime { consistency, stopped: true, ..unfrozen(begun.elapsed()) }
-            }
-            Self::Frozen(freezer) => match freezer.during(recorder, switching).await {
-                Ok(((), frozen)) => point(freezer, frozen, mode)?,
-                Err(error) if mode == Mode::FreezeOrCrash && nothing_frozen(&error) => {
-                    recorder.note(format!("not frozen: {error}"));
-                    let begun = Instant::now();
-                    switching(within(COMMAND)).await?;
-                    unfrozen(begun.elapsed())
-                }
-                Err(error) => return Err(error),
-            },
-        })
-    }
-}
-
-/// What makes the point in time.
-pub(super) trait Moment: Sync {
-    /// From here on the guest's writes are not in the snapshot.
-    fn switch(&self, deadline: Instant) -> BoxFuture<'_, Result<()>>;
-}
-
 /// A snapshot that can be taken: everything was looked at.
 #[derive(Debug)]
 pub struct Ready {
     pub(super) qmp: Qmp,
-    pub(super) hold: Hold,
+    pub(super) hold: Hold<Stopper>,
     pub(super) disk: BootDisk,
     pub(super) names: Names,
     pub(super) undo: Undo,
@@ -284,52 +217,6 @@ pub async fn regain(
     let source = LiveSource::Filter(FilterSource { process: qmp.process(), ..source.clone() });
     let (undo, filter, point, limit) = (undo.clone(), filter.clone(), *point, *scratch);
     Ok(Box::new(Taken { qmp, events, undo, filter, point, source, limit, scratch: file }))
-}
-
-/// A point in time that no freeze protects.
-pub(in crate::hypervisor) fn unfrozen(window: Duration) -> PointInTime {
-    PointInTime {
-        consistency: Consistency::Crash,
-        window_micros: micros(window),
-        frozen: 0,
-        thawed: 0,
-        fuse: false,
-        stopped: false,
-        scratch: ByteSize::default(),
-    }
-}
-
-/// What the freeze was worth.
-pub(in crate::hypervisor) fn point(
-    freezer: &Freezer,
-    frozen: Frozen,
-    mode: Mode,
-) -> Result<PointInTime> {
-    let Frozen { filesystems, thawed, window, fuse } = frozen;
-    let held = thawed >= filesystems;
-    if !held && mode != Mode::FreezeOrCrash {
-        let context = format!(
-            "the guest did not stay frozen: it froze {filesystems} filesystems, and {thawed} of \
-             them were left to thaw"
-        );
-        return Err(Error::new(Reason::SnapshotRefused, context).advice(
-            "find out what thawed it (its own timeout, another backup, the fuse) and ask again, or \
-             accept a crash-consistent image (freeze-or-crash)",
-        ));
-    }
-    let consistency = match (held, freezer.applications) {
-        (false, _) => Consistency::Crash,
-        (true, true) => Consistency::Application,
-        (true, false) => Consistency::Filesystem,
-    };
-    let window_micros = micros(window);
-    let scratch = ByteSize::default();
-    let (frozen, stopped) = (filesystems, false);
-    Ok(PointInTime { consistency, window_micros, frozen, thawed, fuse, stopped, scratch })
-}
-
-fn micros(time: Duration) -> u64 {
-    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// An empty image that only QEMU's user may open, in a sparse file that is as

@@ -2,21 +2,22 @@
 //!
 //! ```text
 //!                     (the guard stands by)
-//! set-action pause ─► agent ─► power button ─► plug? ─► the guest is down
-//!                        │  each with a deadline            │ filter, switch
-//!                        └ never mind which did it          ▼
-//!          set-action as before ◄─ cont ◄─ reset ◄──────────┘
+//! mark ─► set-action pause ─► agent ─► power button ─► plug? ─► the guest is down
+//!                               │  each with a deadline            │ the snapshot
+//!                               └ never mind which did it          ▼
+//!            set-action as before ◄─ cont ◄─ mark off ◄─ reset ◄───┘
 //! ```
 //! Whatever ends this halfway, [`start_again`] brings the guest back from
 //! wherever it stands: from a later process, from the guard's, or after an
-//! error. Nothing needs to remember how far it came: QEMU tells.
+//! error. Nothing needs to remember how far it came: QEMU tells. The mark is
+//! an empty block node.
 //!
-//! | QEMU says | the filter | so the guest |
+//! | QEMU says | the mark | so the guest |
 //! |---|---|---|
-//! | `shutdown`, `paused` | | is down: reset, go on |
 //! | `prelaunch` | | was reset: go on |
-//! | `running` | is there | was started again |
-//! | `running` | is not | may be shutting down: wait until it is down, or its time is over |
+//! | `shutdown`, `paused` | is there | is down: reset, go on |
+//! | `running` | is there | may be shutting down: wait until it is down, or its time is over |
+//! | anything | is not | was not told to shut down, or was started again |
 //!
 //! Facts: QEMU, `system/runstate.c`: a VM that has shut down must be reset
 //! before it goes on, and is in `prelaunch` from the reset until then.
@@ -25,16 +26,18 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::time::{Instant, sleep, timeout_at};
 
-use super::{COMMAND, names::Names, within};
+use super::{COMMAND, within};
 use crate::{
     error::{Error, Reason, Result},
     hypervisor::{
         agent::Agent,
-        qmp::{Command, Done, EventKind, Events, NodeRef, Observed, OnShutdown, Qmp},
+        hold,
+        qmp::{Command, Done, EventKind, Events, NodeName, NodeRef, Observed, OnShutdown, Qmp},
     },
     model::{
+        image::Consistency,
         instance::{Instance, Sockets},
-        live::{Filter, Force},
+        live::Force,
     },
     recorder::Recorder,
 };
@@ -44,15 +47,6 @@ const LOOK: Duration = Duration::from_millis(250);
 /// Between two looks whether the VM is reset: a millisecond's work.
 const RESET_LOOK: Duration = Duration::from_millis(2);
 
-/// How a guest went down.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Down {
-    /// It shut itself down.
-    Clean,
-    /// Its plug was pulled.
-    Pulled,
-}
-
 /// A guest that can be shut down and started again.
 #[derive(Debug)]
 pub(super) struct Stopper {
@@ -61,6 +55,7 @@ pub(super) struct Stopper {
     /// For each way to ask.
     limit: Duration,
     usual: OnShutdown,
+    mark: NodeName,
     name: String,
 }
 
@@ -73,21 +68,17 @@ impl Stopper {
     pub async fn new(
         qmp: &Qmp,
         instance: &Instance,
+        mark: NodeName,
         agent: Option<Agent>,
         force: Force,
     ) -> Result<Self> {
         let usual = usual(qmp, &instance.name).await?;
         let limit = Duration::from_secs(instance.shutdown_seconds.into());
-        Ok(Self { agent, force, limit, usual, name: instance.name.clone() })
+        Ok(Self { agent, force, limit, usual, mark, name: instance.name.clone() })
     }
 
-    /// Shuts the guest down. After an error it is to be started again.
-    ///
-    /// # Errors
-    ///
-    /// `SHUTDOWN_REFUSED`: it is still there when its time is over; those of
-    /// [`Qmp`].
-    pub async fn shut_down(&self, qmp: &Qmp, recorder: &Recorder) -> Result<Down> {
+    async fn bring_down(&self, qmp: &Qmp, recorder: &Recorder) -> Result<Consistency> {
+        execute(qmp, Command::add_mark(self.mark.clone())).await?;
         let mut events = qmp.events();
         execute(qmp, Command::set_on_shutdown(OnShutdown::Pause)).await?;
         if let Some(agent) = &self.agent {
@@ -95,7 +86,7 @@ impl Stopper {
             tokio::select! {
                 biased;
                 down = self.is_down(qmp, &mut events, deadline) => if down? {
-                    return Ok(Down::Clean);
+                    return Ok(Consistency::Clean);
                 },
                 // The button may do what the agent does not.
                 error = self.refused(agent, deadline) => recorder.note(format!("{error}")),
@@ -103,12 +94,12 @@ impl Stopper {
         }
         execute(qmp, Command::power_button()).await?;
         if self.is_down(qmp, &mut events, within(self.limit)).await? {
-            return Ok(Down::Clean);
+            return Ok(Consistency::Clean);
         }
         if self.force == Force::PullThePlug {
             recorder.note("the guest did not shut down: its plug is pulled");
             execute(qmp, Command::stop()).await?;
-            return Ok(Down::Pulled);
+            return Ok(Consistency::Crash);
         }
         let context = format!(
             "instance {:?} did not shut down within {} s of its agent's order or its power button",
@@ -165,19 +156,23 @@ impl Stopper {
             }
         }
     }
+}
 
-    /// Has the guest run again, from the beginning.
-    ///
-    /// # Errors
-    ///
-    /// Those of [`Qmp`].
-    pub async fn start(&self, qmp: &Qmp) -> Result<()> {
-        start(qmp, self.usual).await
+impl hold::Stopper for Stopper {
+    type Line = Qmp;
+
+    async fn shut_down(&self, qmp: &Qmp, recorder: &Recorder) -> Result<Consistency> {
+        self.bring_down(qmp, recorder).await
+    }
+
+    async fn start(&self, qmp: &Qmp) -> Result<()> {
+        start(qmp, self.usual, &self.mark).await
     }
 }
 
-/// Resets a VM that is down, lets it run, and has QEMU do as usual.
-async fn start(qmp: &Qmp, usual: OnShutdown) -> Result<()> {
+/// Resets a VM that is down, lets it run, and has QEMU do as usual. The mark
+/// goes when nothing but `cont` is left.
+async fn start(qmp: &Qmp, usual: OnShutdown, mark: &NodeName) -> Result<()> {
     let end = within(COMMAND);
     let status = async || qmp.execute(Command::query_status(), end).await;
     if status().await?.status != "prelaunch" {
@@ -186,6 +181,7 @@ async fn start(qmp: &Qmp, usual: OnShutdown) -> Result<()> {
             sleep(RESET_LOOK).await;
         }
     }
+    unmark(qmp, mark).await?;
     execute(qmp, Command::cont()).await?;
     execute(qmp, Command::set_on_shutdown(usual)).await
 }
@@ -200,7 +196,7 @@ async fn start(qmp: &Qmp, usual: OnShutdown) -> Result<()> {
 pub async fn start_again(
     name: &str,
     sockets: &Sockets,
-    filter: &Filter,
+    mark: &NodeName,
     seconds: u32,
     recorder: &Arc<Recorder>,
 ) -> Result<()> {
@@ -211,7 +207,7 @@ pub async fn start_again(
             Err(error) if error.reason() == Reason::HypervisorGone => return Ok(()),
             connected => connected?,
         };
-        let stands = look(&qmp, name, filter, Instant::now() >= end).await;
+        let stands = look(&qmp, name, mark, Instant::now() >= end).await;
         qmp.close().await;
         match stands? {
             Stands::Runs => return Ok(()),
@@ -226,27 +222,35 @@ enum Stands {
     Wait,
 }
 
-async fn look(qmp: &Qmp, name: &str, filter: &Filter, late: bool) -> Result<Stands> {
+async fn look(qmp: &Qmp, name: &str, mark: &NodeName, late: bool) -> Result<Stands> {
     let usual = usual(qmp, name).await?;
     let status = qmp.execute(Command::query_status(), within(COMMAND)).await?.status;
-    match status.as_str() {
-        "shutdown" | "prelaunch" | "paused" => {
-            start(qmp, usual).await?;
+    match (status.as_str(), is_marked(qmp, mark).await?) {
+        ("prelaunch", _) | ("shutdown" | "paused", true) => {
+            start(qmp, usual, mark).await?;
             tracing::warn!(instance = name, "started a guest that was left shut down");
-            return Ok(Stands::Runs);
         }
-        "running" if !late && !has_filter(qmp, filter).await? => return Ok(Stands::Wait),
-        // Stopped by something else, which will know why.
-        _ => {}
+        ("running", true) if !late => return Ok(Stands::Wait),
+        // It runs, or was stopped by something else, which will know why.
+        _ => {
+            unmark(qmp, mark).await?;
+            execute(qmp, Command::set_on_shutdown(usual)).await?;
+        }
     }
-    execute(qmp, Command::set_on_shutdown(usual)).await?;
     Ok(Stands::Runs)
 }
 
-async fn has_filter(qmp: &Qmp, filter: &Filter) -> Result<bool> {
-    let ours = NodeRef::from(&Names::of(&filter.tag)?.filter);
+async fn is_marked(qmp: &Qmp, mark: &NodeName) -> Result<bool> {
     let nodes = qmp.execute(Command::query_nodes(), within(COMMAND)).await?;
+    let ours = NodeRef::from(mark);
     Ok(nodes.iter().any(|node| node.node_name.as_ref() == Some(&ours)))
+}
+
+async fn unmark(qmp: &Qmp, mark: &NodeName) -> Result<()> {
+    match is_marked(qmp, mark).await? {
+        true => execute(qmp, Command::delete_node(mark.clone())).await,
+        false => Ok(()),
+    }
 }
 
 async fn execute(qmp: &Qmp, command: Command<Done>) -> Result<()> {

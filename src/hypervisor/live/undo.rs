@@ -4,11 +4,12 @@ use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
 use tokio::time::sleep;
 
-use super::{COMMAND, SCRATCH_FILE, SOCKET_FILE, freeze, names::Names, stop::start_again, within};
+use super::{COMMAND, SCRATCH_FILE, SOCKET_FILE, names::Names, stop::start_again, within};
 use crate::{
     error::{Context, Error, Reason, Result},
     hypervisor::{
         agent::{Agent, FreezeStatus},
+        freeze,
         qmp::{Command, Done, ExportId, NodeName, NodeRef, Qmp, Switch},
     },
     model::{
@@ -58,13 +59,9 @@ pub async fn let_go(undo: &Undo, recorder: &Arc<Recorder>) -> Result<()> {
     if undo.held.frozen {
         thaw(&undo.instance, sockets, recorder).await?;
     }
-    match (undo.held.stopped, undo.snapshot.filter()) {
-        (Some(seconds), Some(filter)) => {
-            start_again(&undo.instance, sockets, filter, seconds, recorder).await
-        }
-        // Without a filter no guest is shut down.
-        _ => Ok(()),
-    }
+    let Some(seconds) = undo.held.stopped else { return Ok(()) };
+    let mark = Names::of(undo.snapshot.tag())?.mark;
+    start_again(&undo.instance, sockets, &mark, seconds, recorder).await
 }
 
 /// Where what runs the instance listens.

@@ -93,6 +93,9 @@ pub(super) enum NewNode {
         node_name: NodeName,
         file: NodeName,
     },
+    NullCo {
+        node_name: NodeName,
+    },
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -230,6 +233,7 @@ impl Call {
                 NewNode::SnapshotAccess { node_name, file } => {
                     format!("show the snapshot of {file} as the node {node_name}")
                 }
+                NewNode::NullCo { node_name } => format!("add the mark {node_name}"),
             },
             Self::BlockdevDel { node_name } => format!("remove the node {node_name}"),
             Self::QomGet { path, property: Question::Type } => {

@@ -64,7 +64,7 @@ pub const ALLOWED: &[Allowed] = &[
     },
     Allowed {
         name: "blockdev-add",
-        why: "adds scratch file, its bound, overlay, copy-before-write filter and snapshot access, all named `imaged-…`",
+        why: "adds scratch file, its bound, overlay, copy-before-write filter and snapshot access, and an empty node as a mark that a guest is to be started again, all named `imaged-…`",
     },
     Allowed { name: "blockdev-del", why: "removes nodes named `imaged-…`, no others" },
     Allowed {
@@ -280,6 +280,13 @@ impl Command<Done> {
         Call::BlockdevAdd(NewNode::SnapshotAccess { node_name: node, file: filter }).into()
     }
 
+    /// Adds a node that holds nothing and that nothing uses: a mark, which
+    /// stays as long as this QEMU does, or until it is deleted.
+    #[must_use]
+    pub fn add_mark(node: NodeName) -> Self {
+        Call::BlockdevAdd(NewNode::NullCo { node_name: node }).into()
+    }
+
     /// Removes a node that nothing uses.
     #[must_use]
     pub fn delete_node(node: NodeName) -> Self {
@@ -379,6 +386,7 @@ pub(super) mod tests {
             Command::add_copy_before_write(own("imaged-f"), own("#b1"), own("imaged-o"), timeout)
                 .call,
             Command::add_snapshot_access(own("imaged-a"), own("imaged-f")).call,
+            Command::add_mark(own("imaged-m")).call,
             Command::delete_node(own("imaged-a")).call,
             Command::query_iothreads().call,
             Command::device_type(own("/machine/peripheral/d")).call,
@@ -419,6 +427,7 @@ pub(super) mod tests {
         {"execute":"blockdev-add","arguments":{"driver":"qcow2","node-name":"imaged-o","file":"imaged-s","backing":null},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"copy-before-write","node-name":"imaged-f","file":"#b1","target":"imaged-o","on-cbw-error":"break-snapshot","cbw-timeout":30},"id":1}
         {"execute":"blockdev-add","arguments":{"driver":"snapshot-access","node-name":"imaged-a","file":"imaged-f"},"id":1}
+        {"execute":"blockdev-add","arguments":{"driver":"null-co","node-name":"imaged-m"},"id":1}
         {"execute":"blockdev-del","arguments":{"node-name":"imaged-a"},"id":1}
         {"execute":"query-iothreads","id":1}
         {"execute":"qom-get","arguments":{"path":"/machine/peripheral/d","property":"type"},"id":1}

@@ -4,10 +4,13 @@ use std::{num::NonZeroU32, time::Duration};
 
 use tokio::time::{Instant, sleep};
 
-use super::{COMMAND, within};
+use super::{
+    COMMAND,
+    agent::{Agent, FreezeStatus, GuestProcess, GuestProgram},
+    within,
+};
 use crate::{
     error::{Error, Reason, Result},
-    hypervisor::agent::{Agent, FreezeStatus, GuestProcess, GuestProgram},
     model::instance::Freeze,
     recorder::Recorder,
 };
@@ -32,7 +35,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 
 /// A guest that can be frozen, and thaws by itself where that is possible.
 #[derive(Debug)]
-pub(in crate::hypervisor) struct Freezer {
+pub(super) struct Freezer {
     agent: Agent,
     deadline: Duration,
     /// Whether the agent starts programs, so that a fuse can be armed.
@@ -43,7 +46,7 @@ pub(in crate::hypervisor) struct Freezer {
 
 /// What came of a freeze.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(in crate::hypervisor) struct Frozen {
+pub(super) struct Frozen {
     pub filesystems: u32,
     /// How many were still frozen when they were thawed.
     pub thawed: u32,
@@ -159,7 +162,7 @@ impl Freezer {
 }
 
 /// Whether a freeze that ended so froze nothing.
-pub(in crate::hypervisor) fn nothing_frozen(error: &Error) -> bool {
+pub(super) fn nothing_frozen(error: &Error) -> bool {
     matches!(
         error.reason(),
         Reason::GuestAgentRefused | Reason::GuestAgentUnavailable | Reason::GuestAgentDisabled
@@ -171,7 +174,7 @@ pub(in crate::hypervisor) fn nothing_frozen(error: &Error) -> bool {
 /// # Errors
 ///
 /// The last try's. The guest may be frozen then.
-pub(in crate::hypervisor) async fn thaw(agent: &Agent, recorder: &Recorder) -> Result<u32> {
+pub(super) async fn thaw(agent: &Agent, recorder: &Recorder) -> Result<u32> {
     let end = within(THAW);
     loop {
         let error = match agent.thaw(within(THAW_TRY)).await {
