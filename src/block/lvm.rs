@@ -33,6 +33,7 @@ use crate::{
     error::{Context, Error, Reason, Result},
     model::{ByteSize, image::SnapshotKind, upload::VolumeMark},
     port::{BoxFuture, HeldVolume, HostSnapshot, Pace, Piece, VolumeFacts, Writer},
+    steps,
     sys::stat::Identity,
 };
 
@@ -299,7 +300,8 @@ impl HostSnapshot for Ready {
         Box::pin(async move {
             let Self { thin, openings } = *self;
             let path = PathBuf::from(&thin.name);
-            let taken = openings.run(&path, move || thin.take()).await?;
+            let taken = openings.run(&path, move || thin.take());
+            let taken = steps::effect("host snapshot", taken).await?;
             Ok(Box::new(taken) as Box<dyn HeldVolume>)
         })
     }
@@ -352,9 +354,11 @@ impl Drop for Removal {
     fn drop(&mut self) {
         let (lvm, name) = (Arc::clone(&self.lvm), self.name.clone());
         let removing = thread::Builder::new().name("lvremove".into()).spawn(move || {
+            steps::reached("before", "host snapshot removed");
             if let Err(error) = lvm.remove(&name) {
                 tracing::error!(snapshot = name, "left to the next start: {error:?}");
             }
+            steps::reached("after", "host snapshot removed");
         });
         if let Err(error) = removing {
             tracing::error!(snapshot = self.name, "left to the next start: {error}");

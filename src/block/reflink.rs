@@ -41,6 +41,7 @@ use crate::{
     error::{Context, Error, Reason, Result},
     model::{ByteSize, image::SnapshotKind, upload::VolumeMark},
     port::{BoxFuture, HeldVolume, HostSnapshot, Pace, Piece, VolumeFacts, Writer},
+    steps,
     sys::{
         ioctl::{clone_file, clone_start, extents},
         stat::{self, DirectReads, Identity, direct_reads},
@@ -188,7 +189,8 @@ impl HostSnapshot for Ready {
         Box::pin(async move {
             let Self { reflink, openings } = *self;
             let path = reflink.path.clone();
-            let clone = openings.run(&path, move || reflink.take()).await?;
+            let taken = openings.run(&path, move || reflink.take());
+            let clone = steps::effect("host snapshot", taken).await?;
             Ok(Box::new(clone) as Box<dyn HeldVolume>)
         })
     }

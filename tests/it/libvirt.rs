@@ -19,16 +19,21 @@ use crate::{
 
 const UUID: &str = "4c6a4f0e-5d0e-4f5e-9f07-0c2f4b7f5a11";
 
-/// A libvirtd that nobody else has, with one domain, `web-1`.
-struct Libvirt {
+/// A libvirtd that nobody else has, with one domain.
+pub struct Libvirt {
     dir: tempfile::TempDir,
+    name: String,
     process: Child,
     _ends: Option<ChildStdin>,
 }
 
 impl Libvirt {
-    fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
+    /// The domain will be called `name`.
+    pub fn start(name: &str) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), name)
+    }
+
+    fn start_in(dir: tempfile::TempDir, name: &str) -> Self {
         let log = fs::File::create(dir.path().join("log.txt")).unwrap();
         let mut process = Command::new("tests/lab/libvirt.sh")
             .arg(dir.path())
@@ -38,7 +43,7 @@ impl Libvirt {
             .spawn()
             .unwrap();
         let ends = process.stdin.take();
-        let libvirt = Self { dir, process, _ends: ends };
+        let libvirt = Self { dir, name: name.to_owned(), process, _ends: ends };
         libvirt.wait();
         libvirt
     }
@@ -73,7 +78,7 @@ impl Libvirt {
         output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
     }
 
-    fn virsh(&self, args: &[&str]) -> String {
+    pub fn virsh(&self, args: &[&str]) -> String {
         self.try_virsh(args).unwrap_or_else(|| panic!("virsh {args:?} failed"))
     }
 
@@ -86,15 +91,15 @@ impl Libvirt {
     }
 
     /// Defines and starts the lab's guest.
-    fn boot(&self) {
+    pub fn boot(&self) {
         let guest = PathBuf::from(run("tests/lab/guest.sh", &[]).trim());
         let original = guest.join("disk.raw").display().to_string();
         run("cp", &["--sparse=always", &original, self.disk().to_str().unwrap()]);
         let xml = format!(
-            "<domain type='qemu'><name>web-1</name><uuid>{UUID}</uuid>\
+            "<domain type='qemu'><name>{name}</name><uuid>{UUID}</uuid>\
              <metadata><i:instance xmlns:i='urn:imaged:instance:1'>\
              <i:compartment>prod</i:compartment><i:shape>VM.Standard2.1</i:shape>\
-             <i:shutdown_seconds>60</i:shutdown_seconds></i:instance></metadata>\
+             <i:shutdown_seconds>12</i:shutdown_seconds></i:instance></metadata>\
              <memory unit='MiB'>768</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{guest}/vmlinuz</kernel>\
              <initrd>{guest}/initrd.img</initrd>\
@@ -104,25 +109,50 @@ impl Libvirt {
              <source file='{disk}'/><target dev='vda' bus='virtio'/></disk>\
              <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
              </devices></domain>",
+            name = self.name,
             guest = guest.display(),
             disk = self.disk().display(),
         );
-        let file = self.dir.path().join("web-1.xml");
+        let file = self.dir.path().join("domain.xml");
         fs::write(&file, xml).unwrap();
-        self.virsh(&["define", file.to_str().unwrap()]);
-        self.virsh(&["start", "web-1"]);
+        self.define();
+        self.virsh(&["start", &self.name]);
+        self.wait_agent();
+    }
+
+    fn define(&self) {
+        self.virsh(&["define", self.dir.path().join("domain.xml").to_str().unwrap()]);
+    }
+
+    /// Which boot it is.
+    fn boot_id(&self) -> String {
+        self.sh("cat /proc/sys/kernel/random/boot_id")
+    }
+
+    pub fn wait_agent(&self) {
         wait_for("the agent to answer", Duration::from_secs(180), || {
             self.try_agent(&json!({ "execute": "guest-ping" }))
         });
     }
 
+    pub fn state(&self) -> String {
+        self.virsh(&["domstate", &self.name]).trim().to_owned()
+    }
+
+    /// Writes that its disk was asked for, since its QEMU was started.
+    pub fn written(&self) -> u64 {
+        let told = self.virsh(&["domblkstat", &self.name, "vda"]);
+        let count = told.lines().find_map(|line| line.strip_prefix("vda wr_req "));
+        count.unwrap().trim().parse().unwrap()
+    }
+
     fn try_agent(&self, command: &Value) -> Option<Value> {
-        let said = self.try_virsh(&["qemu-agent-command", "web-1", &command.to_string()])?;
+        let said = self.try_virsh(&["qemu-agent-command", &self.name, &command.to_string()])?;
         Some(serde_json::from_str::<Value>(&said).unwrap()["return"].clone())
     }
 
     /// Runs a shell script in the guest.
-    fn sh(&self, script: &str) -> String {
+    pub fn sh(&self, script: &str) -> String {
         let exec = json!({ "execute": "guest-exec", "arguments": {
             "path": "/bin/sh", "arg": ["-c", script], "capture-output": true } });
         let pid = self.try_agent(&exec).unwrap()["pid"].clone();
@@ -135,14 +165,14 @@ impl Libvirt {
         String::from_utf8(BASE64_STANDARD.decode(said).unwrap()).unwrap()
     }
 
-    fn start_writer(&self) {
+    pub fn start_writer(&self) {
         self.sh(&format!(
             "cat > /run/writer.pl <<'END'\n{WRITER}\nEND\n\
              setsid perl /run/writer.pl >/run/writer.log 2>&1 </dev/null & sleep 3"
         ));
     }
 
-    fn assert_it_writes(&self) {
+    pub fn assert_it_writes(&self) {
         let count = || self.sh("wc -l < /records").trim().parse::<u64>().unwrap();
         let before = count();
         wait_for("the guest to write", Duration::from_secs(20), || {
@@ -151,14 +181,14 @@ impl Libvirt {
         assert_eq!(self.sh("cat /run/writer.log"), "", "the guest saw an error");
     }
 
-    fn assert_nothing_left(&self) {
+    pub fn assert_nothing_left(&self) {
         assert_eq!(fs::read_dir(self.scratch()).map_or(0, Iterator::count), 0);
-        assert_eq!(self.virsh(&["domstate", "web-1"]).trim(), "running");
-        assert!(self.virsh(&["domjobinfo", "web-1"]).contains("None"));
-        assert_eq!(self.virsh(&["checkpoint-list", "web-1", "--name"]).trim(), "");
+        assert_eq!(self.state(), "running");
+        assert!(self.virsh(&["domjobinfo", &self.name]).contains("None"));
+        assert_eq!(self.virsh(&["checkpoint-list", &self.name, "--name"]).trim(), "");
     }
 
-    fn config(&self) -> Config {
+    pub fn config(&self) -> Config {
         let lines = format!(
             "libvirt_uri = {:?}\nscratch_size = \"1GiB\"\nscratch_dir = {:?}",
             self.uri(),
@@ -179,7 +209,7 @@ impl Drop for Libvirt {
 #[test]
 #[ignore = "needs root, libvirt and minutes"]
 fn libvirt_domain_is_imaged_and_comes_back_whatever_happens() {
-    let libvirt = Libvirt::start();
+    let libvirt = Libvirt::start("web-1");
     libvirt.boot();
     libvirt.start_writer();
     let daemon = Daemon::start(&libvirt.config());
@@ -240,6 +270,126 @@ fn libvirt_domain_is_imaged_and_comes_back_whatever_happens() {
     assert!(said.contains("given up at four fifths of the 20.0 MiB"), "{said}");
     libvirt.assert_nothing_left();
     libvirt.assert_it_writes();
+}
+
+#[test]
+#[ignore = "needs root, libvirt and minutes"]
+fn libvirt_domain_is_shut_down_for_its_image_unless_libvirt_would_forget_it() {
+    let libvirt = Libvirt::start("web-1");
+    libvirt.boot();
+    libvirt.start_writer();
+    let daemon = Daemon::start(&libvirt.config());
+    let before = libvirt.boot_id();
+    let image = capture(&daemon, &["--consistency", "stop"]);
+    assert_eq!(
+        (&image["consistency"], &image["snapshot"]),
+        (&"CLEAN".into(), &"COPY_BEFORE_WRITE".into())
+    );
+    assert_eq!(image["point-in-time"]["stopped"], true);
+    // Without a replay: the filesystem was unmounted.
+    assert_prefix(&records(&object(&daemon, &image), false));
+    libvirt.wait_agent();
+    assert_ne!(libvirt.boot_id(), before, "it was not shut down");
+    libvirt.start_writer();
+    libvirt.assert_it_writes();
+    libvirt.assert_nothing_left();
+
+    // A transient one is imaged while it runs, and not shut down.
+    libvirt.virsh(&["undefine", "web-1"]);
+    let before = libvirt.boot_id();
+    let stop = ["image", "create", "--instance-id", "web-1", "--consistency", "stop"];
+    let said = daemon.refusal(&[&stop[..], &["--wait-for-state", "AVAILABLE"]].concat());
+    assert!(said.contains("(it is transient)"), "{said}");
+    assert!(said.contains("--consistency freeze or crash"), "{said}");
+    assert_eq!(capture(&daemon, &[])["consistency"], "FILESYSTEM");
+    assert_eq!(libvirt.boot_id(), before);
+    libvirt.assert_it_writes();
+    libvirt.assert_nothing_left();
+
+    // One that is shut off stays so.
+    libvirt.define();
+    libvirt.virsh(&["shutdown", "web-1", "--mode", "agent"]);
+    wait_for("the domain to be shut off", Duration::from_secs(60), || {
+        (libvirt.state() == "shut off").then_some(())
+    });
+    let image = capture(&daemon, &["--consistency", "stop"]);
+    assert_eq!((&image["consistency"], &image["point-in-time"]), (&"CLEAN".into(), &Value::Null));
+    assert_eq!(libvirt.state(), "shut off");
+}
+
+/// What the rule of the four fifths is for: libvirt's own backup stops the
+/// guest.
+#[test]
+#[ignore = "needs root, libvirt and minutes"]
+fn libvirt_domain_whose_scratch_fills_is_stopped_by_a_backup_and_not_by_imaged() {
+    let dir = tempfile::tempdir().unwrap();
+    let scratch = dir.path().join("scratch");
+    fs::create_dir(&scratch).unwrap();
+    let small = Small::mount(&scratch, "40m");
+    let libvirt = Libvirt::start_in(dir, "web-1");
+    libvirt.boot();
+    libvirt.sh("yes old | head -c 60000000 >/large; sync");
+    let overwrite = || {
+        libvirt.sh(
+            "setsid sh -c 'yes new | head -c 60000000 | dd bs=64k of=/large conv=notrunc,fsync' \
+             >/dev/null 2>&1 </dev/null &",
+        );
+    };
+
+    let order = libvirt.dir.path().join("backup.xml");
+    let backup = format!(
+        "<domainbackup mode='pull'><server transport='unix' socket='{0}/nbd'/><disks>\
+         <disk name='vda' backup='yes' type='file' exportname='x'>\
+         <scratch file='{0}/file'/></disk></disks></domainbackup>",
+        scratch.display()
+    );
+    fs::write(&order, backup).unwrap();
+    libvirt.virsh(&["backup-begin", "web-1", order.to_str().unwrap()]);
+    overwrite();
+    wait_for("the guest to be stopped", Duration::from_secs(60), || {
+        (libvirt.state() == "paused").then_some(())
+    });
+    let reason = libvirt.virsh(&["domstate", "web-1", "--reason"]);
+    assert!(reason.contains("I/O error"), "{reason}");
+    libvirt.virsh(&["domjobabort", "web-1"]);
+    libvirt.virsh(&["resume", "web-1"]);
+    libvirt.wait_agent();
+    libvirt.start_writer();
+
+    // Its imaged is dead when it happens: the guard ends the backup.
+    let mut config = slowly(libvirt.config());
+    config.lines = config.lines.replace("1GiB", "30MiB").replace("48MiB", "4MiB");
+    let daemon = Daemon::start(&config);
+    let request = reading(&daemon, &["--consistency", "crash"]);
+    let kept = daemon.kill().unwrap();
+    overwrite();
+    wait_for("the backup to be ended", Duration::from_secs(60), || {
+        assert_eq!(libvirt.state(), "running");
+        libvirt.virsh(&["domjobinfo", "web-1"]).contains("None").then_some(())
+    });
+    libvirt.assert_it_writes();
+    let daemon = Daemon::start_in(kept.path(), &config);
+    assert_eq!(status(&daemon, &request)["status"], "FAILED");
+    libvirt.assert_nothing_left();
+    libvirt.assert_it_writes();
+    drop((daemon, libvirt, small));
+}
+
+/// A filesystem in memory, of a size, until it is dropped.
+struct Small(PathBuf);
+
+impl Small {
+    fn mount(at: &Path, size: &str) -> Self {
+        let size = format!("size={size}");
+        run("mount", &["-t", "tmpfs", "-o", &size, "tmpfs", at.to_str().unwrap()]);
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
 }
 
 fn libvirt_of_the_daemon(daemon: &Daemon) -> Value {

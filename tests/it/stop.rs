@@ -85,7 +85,9 @@ fn qemu_guest_that_is_shut_down_for_its_image_is_clean_and_runs_again() {
          for event in /dev/input/event*; do\n\
            setsid sh -c \"head -c 24 $event >/dev/null; /sbin/shutdown -h +0\" \\\n\
              </dev/null >/dev/null 2>&1 &\n\
-         done");
+         done\n\
+         until [ $(ls -l /proc/[0-9]*/fd 2>/dev/null | grep -c /dev/input/event) = \\\n\
+           $(ls /dev/input/event* | wc -l) ]; do sleep 0.1; done");
     let mut without = stopping(&guest);
     let lines: Vec<_> = without.instances[0].1.lines().map(str::to_owned).collect();
     let lines = lines.iter().filter(|line| !line.starts_with("agent_socket"));

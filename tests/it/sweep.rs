@@ -18,7 +18,8 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    lab::{Config, Daemon, Guest, Monitor, wait_for},
+    lab::{Config, Daemon, Guest, Monitor, Mount, wait_for},
+    libvirt::Libvirt,
     live::{assert_nothing_left, assert_prefix, config, object, records, start_writer},
     s3::volume,
     weed::Weed,
@@ -27,27 +28,48 @@ use crate::{
 /// Nobody shuts down that slowly here, so that a wait in vain is short.
 const SHUTDOWN_SECONDS: u64 = 12;
 
-/// Of what images are made, and how.
+/// How images are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Mode {
-    /// A volume that nothing uses.
     AtRest,
     Freeze,
     Crash,
     Stop,
+    /// Of a guest that does not shut down.
+    ForceStop,
 }
 
 impl Mode {
-    const ALL: [Self; 4] = [Self::AtRest, Self::Freeze, Self::Crash, Self::Stop];
-
-    fn consistency(self) -> &'static [&'static str] {
+    fn words(self) -> &'static [&'static str] {
         match self {
             Self::AtRest => &[],
             Self::Freeze => &["--consistency", "freeze"],
             Self::Crash => &["--consistency", "crash"],
             Self::Stop => &["--consistency", "stop"],
+            Self::ForceStop => &["--consistency", "stop", "--force-stop"],
         }
     }
+
+    fn stops(self) -> bool {
+        matches!(self, Self::Stop | Self::ForceStop)
+    }
+
+    /// Whether the image needs a replay of its journal.
+    fn crashes(self) -> bool {
+        matches!(self, Self::Crash | Self::ForceStop)
+    }
+}
+
+/// Of what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// A volume that nothing uses.
+    Volume,
+    Qemu,
+    /// A QEMU whose volume the host can clone.
+    Cloned,
+    /// A domain of libvirt's.
+    Domain,
 }
 
 /// Where they go.
@@ -57,27 +79,134 @@ enum Store {
     Bucket,
 }
 
+/// Every mode of every kind.
+const MODES: [(Kind, Mode); 12] = [
+    (Kind::Volume, Mode::AtRest),
+    (Kind::Qemu, Mode::Freeze),
+    (Kind::Qemu, Mode::Crash),
+    (Kind::Qemu, Mode::Stop),
+    (Kind::Qemu, Mode::ForceStop),
+    (Kind::Cloned, Mode::Freeze),
+    (Kind::Cloned, Mode::Crash),
+    (Kind::Cloned, Mode::Stop),
+    (Kind::Domain, Mode::Freeze),
+    (Kind::Domain, Mode::Crash),
+    (Kind::Domain, Mode::Stop),
+    (Kind::Domain, Mode::ForceStop),
+];
+
+/// A guest, by who runs it.
+enum Machine {
+    Qemu { guest: Guest, _volume: Option<Mount> },
+    Domain(Libvirt),
+}
+
+impl Machine {
+    /// Boots one that writes.
+    fn boot(kind: Kind, name: &str) -> Option<Self> {
+        let machine = match kind {
+            Kind::Volume => return None,
+            Kind::Qemu => Self::Qemu { guest: Guest::boot(), _volume: None },
+            Kind::Cloned => {
+                let mount = Mount::new("xfs", 6 << 30);
+                Self::Qemu { guest: Guest::boot_in(mount.at.path()), _volume: Some(mount) }
+            }
+            Kind::Domain => {
+                let libvirt = Libvirt::start(name);
+                libvirt.boot();
+                Self::Domain(libvirt)
+            }
+        };
+        machine.start_writer();
+        Some(machine)
+    }
+
+    fn config(&self, name: &str) -> Config {
+        match self {
+            Self::Qemu { guest, .. } => {
+                let mut config = config(guest);
+                let lines = format!("{}shutdown_seconds = {SHUTDOWN_SECONDS}\n", guest.instance());
+                config.instances = vec![(name.to_owned(), lines)];
+                config
+            }
+            Self::Domain(libvirt) => libvirt.config(),
+        }
+    }
+
+    fn sh(&self, script: &str) -> String {
+        match self {
+            Self::Qemu { guest, .. } => guest.sh(script),
+            Self::Domain(libvirt) => libvirt.sh(script),
+        }
+    }
+
+    fn wait_agent(&self) {
+        match self {
+            Self::Qemu { guest, .. } => drop(guest.vm("wait-agent", &[])),
+            Self::Domain(libvirt) => libvirt.wait_agent(),
+        }
+    }
+
+    fn start_writer(&self) {
+        match self {
+            Self::Qemu { guest, .. } => start_writer(guest),
+            Self::Domain(libvirt) => libvirt.start_writer(),
+        }
+    }
+
+    /// Writes of its disk until now.
+    fn written(&self) -> u64 {
+        match self {
+            Self::Qemu { guest, .. } => {
+                let disks = Monitor::of(guest).execute("query-blockstats");
+                disks[0]["stats"]["wr_operations"].as_u64().unwrap()
+            }
+            Self::Domain(libvirt) => libvirt.written(),
+        }
+    }
+
+    fn assert_it_runs(&self) {
+        match self {
+            Self::Qemu { guest, .. } => {
+                assert_eq!(Monitor::of(guest).execute("query-status")["status"], "running");
+            }
+            Self::Domain(libvirt) => assert_eq!(libvirt.state(), "running"),
+        }
+    }
+
+    fn assert_nothing_left(&self) {
+        match self {
+            Self::Qemu { guest, .. } => assert_nothing_left(guest),
+            Self::Domain(libvirt) => libvirt.assert_nothing_left(),
+        }
+    }
+}
+
 /// A guest that writes or a volume at rest, and the directory of its imaged.
 struct Sweep {
-    guest: Option<Guest>,
+    machine: Option<Machine>,
     dir: tempfile::TempDir,
     weed: Option<Weed>,
     mode: Mode,
 }
 
 impl Sweep {
-    fn new(mode: Mode, store: Store) -> Self {
-        let guest = (mode != Mode::AtRest).then(Guest::boot);
-        guest.iter().for_each(start_writer);
+    fn new((kind, mode): (Kind, Mode), store: Store) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        volume(dir.path(), 40);
+        let machine = Machine::boot(kind, &name(dir.path()));
+        if let (Some(machine), Mode::ForceStop) = (&machine, mode) {
+            machine.sh("printf '#!/bin/sh\n' >/sbin/shutdown; sync");
+        }
+        if machine.is_none() {
+            volume(dir.path(), 40);
+        }
         let weed = (store == Store::Bucket).then(Weed::start);
-        Self { guest, dir, weed, mode }
+        Self { machine, dir, weed, mode }
     }
 
     fn config(&self, environment: &[(&str, &str)]) -> Config {
-        let mut config = match &self.guest {
-            Some(guest) => config(guest),
+        let mut config = match &self.machine {
+            Some(machine) => machine.config(&self.name()),
             None => Config {
                 lines: format!("boot_volume_dirs = [{:?}]", self.dir.path()),
                 ..Config::default()
@@ -85,10 +214,6 @@ impl Sweep {
         };
         // Quick: what is swept is not how the guest is spared.
         config.lines.push_str("\nencode_threads = \"all\"\nlatency_percent = 1000\n");
-        for (name, file) in &mut config.instances {
-            *name = self.name();
-            writeln!(file, "shutdown_seconds = {SHUTDOWN_SECONDS}").unwrap();
-        }
         if let Some(weed) = &self.weed {
             write!(config.lines, "\n{}", weed.config(weed.address(), self.dir.path())).unwrap();
         }
@@ -97,10 +222,8 @@ impl Sweep {
         config
     }
 
-    /// Its own, so that its guards can be told from others.
     fn name(&self) -> String {
-        let dir = self.dir.path().file_name().unwrap().to_str().unwrap();
-        format!("sweep-{}", dir.trim_start_matches('.'))
+        name(self.dir.path())
     }
 
     fn start(&self, environment: &[(&str, &str)]) -> Daemon {
@@ -112,16 +235,18 @@ impl Sweep {
     fn ask(&self, daemon: &Daemon, more: &[&str]) -> std::process::Output {
         let name = self.name();
         let volume = self.dir.path().join("volume.raw");
-        let of = match self.guest {
+        let of = match self.machine {
             Some(_) => ["--instance-id", &name],
             None => ["--boot-volume", volume.to_str().unwrap()],
         };
         let create = ["image", "create", "--compression", "none", "--output", "json"];
-        daemon.imagectl(&[&create[..], &of, self.mode.consistency(), more].concat())
+        daemon.imagectl(&[&create[..], &of, self.mode.words(), more].concat())
     }
 
-    fn create(&self, daemon: &Daemon) -> std::process::Output {
-        self.ask(daemon, &["--wait-for-state", "AVAILABLE"])
+    fn create(&self, daemon: &Daemon) -> Value {
+        let made = self.ask(daemon, &["--wait-for-state", "AVAILABLE"]);
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        serde_json::from_slice::<Value>(&made.stdout).unwrap()["data"].clone()
     }
 
     /// What a capture does, step by step, and what a recovery does of one
@@ -134,9 +259,7 @@ impl Sweep {
         let _ = fs::remove_file(&file);
         let daemon = self.start(&[("IMAGED_TEST_STEPS", file.to_str().unwrap())]);
         if killed.is_none() {
-            let made = self.create(&daemon);
-            let said = String::from_utf8_lossy(&made.stderr).into_owned();
-            assert!(made.status.success(), "{said}");
+            self.create(&daemon);
         }
         // The last comes when the end is told; the looks are no part of it.
         thread::sleep(Duration::from_millis(500));
@@ -181,19 +304,21 @@ impl Sweep {
         self.look(self.start(&[]));
     }
 
-    /// What is promised of a guest, its QEMU, the store and the journal once
-    /// imaged was started again.
+    /// What is promised of a guest, its hypervisor, the store and the journal
+    /// once imaged was started again.
     fn look(&self, daemon: Daemon) {
         let requests = wait_for("the end of the work", Duration::from_secs(60), || {
             let requests = daemon.json(&["work-request", "list", "--limit", "1"])["data"].clone();
             let ended = |request: &Value| !request["time-finished"].is_null();
             requests.as_array().unwrap().iter().all(ended).then_some(requests)
         });
-        if let Some(guest) = &self.guest {
-            self.is_well(guest);
-            assert_nothing_left(guest);
+        if let Some(machine) = &self.machine {
+            self.is_well(machine);
+            machine.assert_nothing_left();
         }
-        assert_eq!(guards(&self.name()), 0, "a guard is left");
+        wait_for("the guards to end", Duration::from_secs(5), || {
+            (guards(&self.name()) == 0).then_some(())
+        });
 
         let images = daemon.json(&["image", "list"])["data"].as_array().unwrap().clone();
         // The last may be one that looked at an image.
@@ -205,8 +330,7 @@ impl Sweep {
             let id = image["id"].as_str().unwrap();
             let verified = daemon.imagectl(&["image", "verify", "--image-id", id]);
             assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
-            let deleted = daemon.imagectl(&["image", "delete", "--force", "--image-id", id]);
-            assert!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
+            delete(&daemon, image);
         }
         match &self.weed {
             None => {
@@ -222,40 +346,47 @@ impl Sweep {
     }
 
     /// It runs, and writes.
-    fn is_well(&self, guest: &Guest) {
-        let mut monitor = Monitor::of(guest);
-        assert_eq!(monitor.execute("query-status")["status"], "running");
-        if self.mode == Mode::Stop {
-            guest.vm("wait-agent", &[]);
-            if guest.sh("pgrep -f '[w]riter.pl' || true").is_empty() {
-                start_writer(guest);
+    fn is_well(&self, machine: &Machine) {
+        machine.assert_it_runs();
+        if self.mode.stops() {
+            machine.wait_agent();
+            if machine.sh("pgrep -f '[w]riter.pl' || true").is_empty() {
+                machine.start_writer();
             }
         }
-        let mut written = || {
-            let disks = monitor.execute("query-blockstats");
-            disks[0]["stats"]["wr_operations"].as_u64().unwrap()
-        };
-        let before = written();
+        let before = machine.written();
         wait_for("the guest to write", Duration::from_secs(10), || {
-            (written() > before).then_some(())
+            (machine.written() > before).then_some(())
         });
     }
 
     /// And in the end an image, whose guest has seen nothing.
     fn end(&self) {
         let daemon = self.start(&[]);
-        let made = self.create(&daemon);
-        let image: Value = serde_json::from_slice(&made.stdout).unwrap();
-        let Some(guest) = &self.guest else { return };
-        let object = object(&daemon, &image["data"]);
-        let records = records(&object, self.mode == Mode::Crash);
+        let image = self.create(&daemon);
+        let Some(machine) = &self.machine else { return };
+        let records = records(&object(&daemon, &image), self.mode.crashes());
+        delete(&daemon, &image);
         // A guest that was started again counts anew.
-        if self.mode != Mode::Stop {
+        if !self.mode.stops() {
             assert_prefix(&records);
         }
-        guest.vm("wait-agent", &[]);
-        assert_eq!(guest.sh("cat /run/writer.log || true"), "", "the guest saw an error");
+        machine.wait_agent();
+        assert_eq!(machine.sh("cat /run/writer.log || true"), "", "the guest saw an error");
     }
+}
+
+fn delete(daemon: &Daemon, image: &Value) {
+    let id = image["id"].as_str().unwrap();
+    let deleted = daemon.imagectl(&["image", "delete", "--force", "--image-id", id]);
+    assert!(deleted.status.success(), "{}", String::from_utf8_lossy(&deleted.stderr));
+}
+
+/// The instance of the sweep in `dir`, so that its guards can be told from
+/// others'.
+fn name(dir: &Path) -> String {
+    let dir = dir.file_name().unwrap().to_str().unwrap();
+    format!("sweep-{}", dir.trim_start_matches('.'))
 }
 
 /// Guards over the instance called so.
@@ -317,19 +448,22 @@ fn said(panic: &(dyn std::any::Any + Send)) -> String {
 #[test]
 #[ignore = "needs root, QEMU and minutes"]
 fn qemu_sweep_a_capture_is_killed_at_every_step() {
-    let sweep = Sweep::new(Mode::Freeze, Store::Directory);
+    let mut sweep = Sweep::new((Kind::Qemu, Mode::Freeze), Store::Directory);
     let steps = without_the_like(&sweep.steps(None));
     for needed in ["guest-fsfreeze-freeze", "qom-set", "store seal", "journal: request"] {
         assert!(steps.iter().any(|step| step.contains(needed)), "no {needed} in {steps:?}");
     }
     each(&steps, |step| sweep.kill_at(step));
     sweep.end();
+    // What it shares with a freeze was swept.
+    sweep.mode = Mode::Crash;
+    each(&own_steps(&sweep, &["qom-set"]), |step| sweep.kill_at(step));
 }
 
 #[test]
 #[ignore = "needs root, QEMU and minutes"]
 fn qemu_sweep_a_recovery_is_killed_at_every_step() {
-    let sweep = Sweep::new(Mode::Freeze, Store::Directory);
+    let mut sweep = Sweep::new((Kind::Qemu, Mode::Freeze), Store::Directory);
     // Everything is there by then, and the guest is frozen.
     let killed = "before guest-fsfreeze-thaw 1";
     let steps = sweep.steps(Some(killed));
@@ -339,12 +473,17 @@ fn qemu_sweep_a_recovery_is_killed_at_every_step() {
     let steps: Vec<_> = steps.into_iter().filter(|step| step.starts_with("before")).collect();
     each(&[steps, vec![last]].concat(), |step| sweep.kill_twice(killed, step));
     sweep.end();
+    // A guest that is shut down without a snapshot of the host's.
+    sweep.mode = Mode::Stop;
+    let steps = own_steps(&sweep, &["qom-set", "system_reset"]);
+    let steps = steps.into_iter().filter(|step| step.ends_with(" 1"));
+    each(&steps.collect::<Vec<_>>(), |step| sweep.kill_at(step));
 }
 
 #[test]
 #[ignore = "needs root, SeaweedFS and minutes"]
 fn root_sweep_a_capture_to_a_bucket_is_killed_at_every_step() {
-    let sweep = Sweep::new(Mode::AtRest, Store::Bucket);
+    let sweep = Sweep::new((Kind::Volume, Mode::AtRest), Store::Bucket);
     let steps = without_the_like(&sweep.steps(None));
     for needed in ["store put", "journal: part", "store seal"] {
         assert!(steps.iter().any(|step| step.contains(needed)), "no {needed} in {steps:?}");
@@ -356,23 +495,53 @@ fn root_sweep_a_capture_to_a_bucket_is_killed_at_every_step() {
 #[test]
 #[ignore = "needs root, QEMU and minutes"]
 fn qemu_sweep_a_shutdown_is_killed_at_every_step() {
-    let sweep = Sweep::new(Mode::Stop, Store::Directory);
-    let steps = sweep.steps(None);
+    let sweep = Sweep::new((Kind::Cloned, Mode::Stop), Store::Directory);
     let own = [
+        "blockdev-add",
         "set-action",
         "guest-shutdown",
+        "host snapshot",
         "system_reset",
+        "blockdev-del",
         "cont",
-        "qom-set",
         "guard set",
         "guard lifted",
     ];
-    // Of those that a shutdown shares with others, what comes before the
-    // guest runs again.
-    let own = |step: &&String| own.iter().any(|own| kind(step).ends_with(own));
-    let until = steps.iter().position(|step| step == "after guard lifted 1").unwrap();
-    let steps: Vec<_> = steps[..=until].iter().filter(own).cloned().collect();
-    assert!(steps.iter().any(|step| step.contains("system_reset")), "{steps:?}");
+    let steps = own_steps(&sweep, &own);
+    each(&steps, |step| sweep.kill_at(step));
+    sweep.end();
+}
+
+/// Of a capture's steps those that it does not share with others: `own`, all
+/// of which there must be.
+fn own_steps(sweep: &Sweep, own: &[&str]) -> Vec<String> {
+    let steps = sweep.steps(None);
+    for own in own {
+        assert!(steps.iter().any(|step| kind(step).ends_with(own)), "no {own} in {steps:?}");
+    }
+    let is_own = |step: &String| own.iter().any(|own| kind(step).ends_with(own));
+    steps.into_iter().filter(is_own).collect()
+}
+
+#[test]
+#[ignore = "needs root, libvirt and minutes"]
+fn libvirt_sweep_a_frozen_domain_is_killed_at_every_step() {
+    let mut sweep = Sweep::new((Kind::Domain, Mode::Freeze), Store::Directory);
+    let own = ["guard set", "guest-fsfreeze-freeze", "backup-begin", "guest-fsfreeze-thaw"];
+    let end = ["domjobabort", "order removed", "guard lifted"];
+    let steps = own_steps(&sweep, &[&own[..], &end].concat());
+    each(&steps, |step| sweep.kill_at(step));
+    sweep.end();
+    sweep.mode = Mode::Crash;
+    each(&own_steps(&sweep, &["backup-begin"]), |step| sweep.kill_at(step));
+}
+
+#[test]
+#[ignore = "needs root, libvirt and minutes"]
+fn libvirt_sweep_a_stopped_domain_is_killed_at_every_step() {
+    let sweep = Sweep::new((Kind::Domain, Mode::Stop), Store::Directory);
+    let own = ["shutdown", "start", "backup-begin", "resume"];
+    let steps = own_steps(&sweep, &own);
     each(&steps, |step| sweep.kill_at(step));
     sweep.end();
 }
@@ -384,8 +553,8 @@ fn qemu_sweep_random_kills() {
     let count = env::var("IMAGED_TEST_SWEEPS").map_or(1, |count| count.parse::<u64>().unwrap());
     let first = env::var("IMAGED_TEST_SEED").ok().map(|seed| seed.parse::<u64>().unwrap());
     let first = first.unwrap_or_else(|| u64::from(std::process::id()) << 20);
-    // The product of modes and stores, in turns.
-    let product: Vec<_> = Mode::ALL
+    // The product, in turns.
+    let product: Vec<_> = MODES
         .into_iter()
         .flat_map(|mode| [(mode, Store::Directory), (mode, Store::Bucket)])
         .collect();

@@ -175,7 +175,11 @@ async fn clean(dir: &Path) -> Result<()> {
 pub(super) async fn stand_by(line: &Line, undo: &Undo, backup: &Backup) -> Result<()> {
     let_go(line, undo, backup).await?;
     sleep(ORPHANS).await;
-    let_go(line, undo, backup).await?;
+    // Where the next imaged has undone all, what holds the guest by now is
+    // that one's.
+    if backup.dir.exists() {
+        let_go(line, undo, backup).await?;
+    }
     loop {
         match Room::of(backup) {
             Ok(room) if room.is_spent(backup.scratch) => return end(line, backup).await,

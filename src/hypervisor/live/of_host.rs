@@ -23,7 +23,6 @@ use crate::{
     },
     port::{BoxFuture, DiskWork, HeldVolume, HostSnapshot, LiveSnapshot, Prepared},
     recorder::Recorder,
-    steps,
 };
 
 /// A snapshot that the host can take.
@@ -103,8 +102,7 @@ impl Moment for Taking {
                 let context = "the host's snapshot was taken before";
                 return Err(Error::new(Reason::Internal, context));
             };
-            let taking = steps::effect("host snapshot", snapshot.take());
-            let Ok(taken) = timeout_at(deadline, taking).await else {
+            let Ok(taken) = timeout_at(deadline, snapshot.take()).await else {
                 let context = "the host did not take its snapshot in time";
                 return Err(Error::new(Reason::SnapshotRefused, context)
                     .advice("look into the kernel's log (dmesg): its disk may be slow"));
