@@ -551,6 +551,23 @@ pub trait Outlets: Send + Sync + fmt::Debug {
     fn by_uri(&self, uri: &Secret, over: Over) -> Result<Box<dyn Outlet>>;
 }
 
+/// Keeps secrets that an undo needs after a crash, sealed. Calls are bounded.
+pub trait Vault: Send + Sync + fmt::Debug {
+    /// Keeps `secret` durably. Answers its name, which is none.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`, here and below.
+    fn keep<'a>(&'a self, secret: &'a Secret) -> BoxFuture<'a, Result<String>>;
+    /// The secret called `name`; `None`: it was wiped.
+    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<Secret>>>;
+    /// Keeps it no longer. Repeating it is success.
+    fn wipe<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<()>>;
+    /// Keeps those that are named here alone. Answers how many others there
+    /// were.
+    fn sweep<'a>(&'a self, keep: &'a [&'a str]) -> BoxFuture<'a, Result<usize>>;
+}
+
 /// A text that is shown nowhere.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(pub String);
