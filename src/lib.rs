@@ -9,8 +9,8 @@
 //! without rights.
 //!
 //! `model`, `format` and the policies of `work` are pure; `block`, `store`,
-//! `hypervisor`, `worker` and `journal` touch the world behind the traits of `port`;
-//! `daemon` wires them. Who may import whom is held by `tests/it/imports.rs`.
+//! `hypervisor`, `worker`, `journal` and `vault` touch the world behind the
+//! traits of `port`; `daemon` wires them. Who may import whom is held by `tests/it/imports.rs`.
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
 compile_error!("imaged runs on 64-bit Linux: sizes are converted between u64 and usize freely");
@@ -33,5 +33,6 @@ pub mod rpc;
 pub mod steps;
 pub mod store;
 pub mod sys;
+pub mod vault;
 pub mod work;
 pub mod worker;

@@ -549,6 +549,39 @@ pub trait Outlets: Send + Sync + fmt::Debug {
     ///
     /// `INVALID_PARAMETER`, without a word of the URL.
     fn by_uri(&self, uri: &Secret, over: Over) -> Result<Box<dyn Outlet>>;
+    /// Aborts a delivery of a process that has ended: see [`Delivery::token`].
+    /// Repeating it is success. Keeps what it needs until
+    /// [`sweep`](Self::sweep).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Outlet::begin`]; after `STORE_DENIED` it is of no use any
+    /// more. `JOURNAL_FAILED`.
+    fn abandon<'a>(&'a self, token: &'a UploadToken) -> BoxFuture<'a, Result<()>>;
+    /// Wipes what is kept for deliveries other than these. Answers for how
+    /// many.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`.
+    fn sweep<'a>(&'a self, keep: &'a [UploadToken]) -> BoxFuture<'a, Result<usize>>;
+}
+
+/// Keeps secrets that an undo needs after a crash, sealed. Calls are bounded.
+pub trait Vault: Send + Sync + fmt::Debug {
+    /// Keeps `secret` durably. Answers its name, which is none.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`, here and below.
+    fn keep<'a>(&'a self, secret: &'a Secret) -> BoxFuture<'a, Result<String>>;
+    /// The secret called `name`; `None`: it was wiped.
+    fn open<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Option<Secret>>>;
+    /// Keeps it no longer. Repeating it is success.
+    fn wipe<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<()>>;
+    /// Keeps those that are named here alone. Answers how many others there
+    /// were.
+    fn sweep<'a>(&'a self, keep: &'a [&'a str]) -> BoxFuture<'a, Result<usize>>;
 }
 
 /// A text that is shown nowhere.
@@ -576,9 +609,13 @@ pub trait Outlet: Send + Sync + fmt::Debug {
 
 /// An object on its way to its place.
 pub trait Delivery: Send + Sync + fmt::Debug {
-    /// What its store needs to abort it in a later process; `None` where only
-    /// a secret that is not kept could.
-    fn token(&self) -> Option<UploadToken>;
+    /// What aborts it in a later process. Where that takes a secret it is kept
+    /// from here on, sealed, until the delivery ends.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`: a later process could not.
+    fn token(&self) -> BoxFuture<'_, Result<UploadToken>>;
     /// Stores one part. Parts come concurrently and in any order, each once.
     ///
     /// # Errors

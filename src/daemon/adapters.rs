@@ -14,6 +14,7 @@ use crate::{
         Bucket, BucketStore, Counters, Http, LazyStore, Metered, OciBucket, ParBucket, ParOutlets,
         Place, S3Bucket,
     },
+    vault::SystemdVault,
     worker::{Attempt, Workers},
 };
 
@@ -50,7 +51,9 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     };
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new()?);
     let owner = Owner { state_dir: config.state_dir, host_id };
-    let outlets = Arc::new(ParOutlets::new(owner.name()));
+    let vault = SystemdVault::new(owner.state_dir.join("sealed"));
+    let sealing = vault.feature().await;
+    let outlets = Arc::new(ParOutlets::new(owner.name(), Arc::new(vault)));
     let stores = config.stores.into_iter().map(|(name, store)| owner.store(name, store, &clock));
     let workers = Workers::of_this_program();
     let (lvm, thin_snapshots) = lvm(owner.name()).await;
@@ -65,7 +68,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
         outlets,
         inspector: Arc::new(workers),
         features: vec![io_uring, confinement],
-        optional: vec![thin_snapshots],
+        optional: vec![thin_snapshots, sealing],
     })
 }
 

@@ -61,17 +61,17 @@ pub struct Resume {
 pub struct Outgoing {
     /// Where it goes, without any secret.
     pub location: String,
-    /// How a later daemon aborts it; `None`: by nothing that is kept.
+    /// How a later daemon aborts it; `None`: it cannot.
     pub upload: Option<OutgoingUpload>,
 }
 
-/// An upload that a store can abort.
+/// An upload that can be aborted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OutgoingUpload {
-    /// Name of the store.
-    pub store: String,
-    /// What it calls the upload.
+    /// Name of the store; none: at a URL, which the token does not tell.
+    pub store: Option<String>,
+    /// What the upload is called there.
     pub token: UploadToken,
 }
 

@@ -222,7 +222,7 @@ impl Outlet for Metered<Box<dyn Outlet>> {
 }
 
 impl Delivery for Metered<Box<dyn Delivery>> {
-    fn token(&self) -> Option<UploadToken> {
+    fn token(&self) -> BoxFuture<'_, Result<UploadToken>> {
         self.inner.token()
     }
 

@@ -5,7 +5,9 @@
 //!                                    │ read, checked, sent: never held whole
 //! ```
 //! Nothing of it is visible before the end. What cannot be aborted now stays
-//! in the journal, for the next start and for `store gc`.
+//! in the journal, for the next start and for `store gc`. A daemon that dies
+//! between the service's answer to the beginning and the journal leaves an
+//! upload without parts: only the answer says what it is called.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,7 +18,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{driver::check, object::Object, rates, tracker::Tracker, watchdog::Watchdog};
+use super::{
+    driver::check, object::Object, rates, recover::in_one_line, tracker::Tracker,
+    watchdog::Watchdog,
+};
 use crate::{
     catalogue::Found,
     error::{Error, Reason, Result},
@@ -70,8 +75,9 @@ impl Export {
             }
         };
         let (object, delivery) = watchdog.guard(who, begun).await?;
+        let outgoing = self.outgoing(&*delivery, tracker).await;
         let sent = async {
-            tracker.sends(Some(self.outgoing(&*delivery))).await?;
+            tracker.sends(Some(outgoing.clone())).await?;
             watchdog.guard(who, self.send(&object, &*delivery, rates, tracker, stop)).await
         };
         match sent.await {
@@ -80,7 +86,7 @@ impl Export {
                 tracker.sends(None).await
             }
             Err(error) => {
-                self.take_back(&*delivery, watchdog, tracker).await;
+                self.take_back(&*delivery, &outgoing, watchdog, tracker).await;
                 Err(error)
             }
         }
@@ -100,13 +106,21 @@ impl Export {
         self.outlet.location()
     }
 
-    /// What must be known to take it back.
-    fn outgoing(&self, delivery: &dyn Delivery) -> Outgoing {
-        let upload = self.store.clone().zip(delivery.token());
-        Outgoing {
-            location: self.location(),
-            upload: upload.map(|(store, token)| OutgoingUpload { store, token }),
-        }
+    /// What must be known to take it back. Where that cannot be kept the
+    /// object is sent all the same.
+    async fn outgoing(&self, delivery: &dyn Delivery, tracker: &Tracker) -> Outgoing {
+        let upload = match delivery.token().await {
+            Ok(token) => Some(OutgoingUpload { store: self.store.clone(), token }),
+            Err(error) => {
+                tracker.log(format!(
+                    "should imaged die before the end, what is sent to {} stays as an upload: {}",
+                    self.location(),
+                    in_one_line(&error)
+                ));
+                None
+            }
+        };
+        Outgoing { location: self.location(), upload }
     }
 
     /// Sends all parts and makes the object exist.
@@ -159,7 +173,13 @@ impl Export {
     }
 
     /// Aborts the delivery; what cannot be aborted now stays in the journal.
-    async fn take_back(&self, delivery: &dyn Delivery, watchdog: &Watchdog, tracker: &Tracker) {
+    async fn take_back(
+        &self,
+        delivery: &dyn Delivery,
+        outgoing: &Outgoing,
+        watchdog: &Watchdog,
+        tracker: &Tracker,
+    ) {
         let aborted = match timeout(watchdog.undoing(), delivery.abort()).await {
             Ok(Ok(())) => tracker.sends(None).await,
             Ok(failed) => failed,
@@ -170,12 +190,15 @@ impl Export {
         };
         let Err(left) = aborted else { return };
         tracing::error!(image = %self.found.image.id, "{left:?}");
-        tracker.log(match &self.store {
-            Some(store) => format!(
+        tracker.log(match (&self.store, &outgoing.upload) {
+            (Some(store), _) => format!(
                 "the upload could not be aborted; the next start of imaged, or `imagectl store gc \
                  {store}`, does that: {left}"
             ),
-            None => format!(
+            (None, Some(_)) => format!(
+                "the upload could not be aborted; the next start of imaged does that: {left}"
+            ),
+            (None, None) => format!(
                 "the upload could not be aborted, and its URL is not kept: a lifecycle rule of \
                  the bucket that aborts uploads, or `oci os multipart abort`, removes it: {left}"
             ),

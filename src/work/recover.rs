@@ -9,7 +9,7 @@ use crate::{
     model::{
         live::Held,
         trace::Trace,
-        upload::Outgoing,
+        upload::{Outgoing, OutgoingUpload},
         work_request::{
             Action, EntityType, LogEntry, Operation, Phase, Resource, Status, WorkRequest,
         },
@@ -52,6 +52,7 @@ pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
         stores.there.push(store.as_ref());
     }
     stores.take_back(ports, &mut requests).await?;
+    wipe(ports, &requests).await;
     for request in requests.iter_mut().filter(|request| !request.status.is_final()) {
         let now = ports.clock.now();
         match stores.made_its_image(request).await {
@@ -94,14 +95,17 @@ fn left(request: &WorkRequest) -> String {
         }
         (Operation::ExportImage, Some(Outgoing { upload: None, location })) => format!(
             "what was sent to {location} is no object yet, and stays as an upload until a \
-             lifecycle rule of the bucket, or `oci os multipart abort`, removes it: its URL is not \
-             kept; export the image again, with a new retry token"
+             lifecycle rule of the bucket, or `oci os multipart abort`, removes it: imaged \
+             cannot; export the image again, with a new retry token"
         ),
-        (Operation::ExportImage, Some(Outgoing { upload: Some(upload), .. })) => format!(
-            "its upload could not be aborted now: the next start of imaged, or `imagectl store gc \
-             {}`, does that; then export the image again, with a new retry token",
-            upload.store
-        ),
+        (Operation::ExportImage, Some(Outgoing { upload: Some(upload), .. })) => {
+            let or = upload.store.iter().map(|store| format!(", or `imagectl store gc {store}`,"));
+            format!(
+                "its upload could not be aborted now: the next start of imaged{} does that; then \
+                 export the image again, with a new retry token",
+                or.collect::<String>()
+            )
+        }
         (Operation::ExportImage, None) => {
             "nothing of it is left; export the image again, with a new retry token".into()
         }
@@ -113,6 +117,19 @@ fn left(request: &WorkRequest) -> String {
             format!("look first whether the object is there, whole; if it is not: {advice}")
         }
         _ => advice,
+    }
+}
+
+/// Wipes what no request's undo needs any more, and after the journal knows
+/// that. It is no reason not to start.
+async fn wipe(ports: &Ports, requests: &[WorkRequest]) {
+    let uploads = requests.iter().filter_map(|request| request.outgoing.as_ref()?.upload.as_ref());
+    let at_urls = uploads.filter(|upload| upload.store.is_none());
+    let keep: Vec<_> = at_urls.map(|upload| upload.token.clone()).collect();
+    match ports.outlets.sweep(&keep).await {
+        Ok(0) => {}
+        Ok(secrets) => tracing::warn!(secrets, "wiped what dead exports had kept"),
+        Err(error) => tracing::error!("{error:?}"),
     }
 }
 
@@ -182,22 +199,46 @@ struct Stores<'a> {
 }
 
 impl Stores<'_> {
-    /// Aborts what dead exports have begun, also in earlier processes.
+    /// Aborts what dead exports have begun, also in earlier processes; all at
+    /// once: a place that does not answer must not keep the others waiting.
     async fn take_back(&self, ports: &Ports, requests: &mut [WorkRequest]) -> Result<()> {
-        for request in requests {
-            let sent = request.outgoing.as_ref().and_then(|outgoing| outgoing.upload.as_ref());
-            let Some(upload) = sent else { continue };
-            let store = self.there.iter().find(|store| store.name() == upload.store);
-            let Some(store) = store else { continue };
-            match store.abandon(&upload.token).await {
-                Ok(()) => {
-                    request.outgoing = None;
-                    ports.journal.put(request).await?;
+        let taken = requests.iter_mut().map(async |request| {
+            let Some(Outgoing { location, upload: Some(upload) }) = request.outgoing.clone() else {
+                return Ok(());
+            };
+            let (message, left) = match self.abandon(ports, &upload).await {
+                None => return Ok(()),
+                // Or found that it had ended.
+                Some(Ok(())) => (format!("no upload to {location} is left"), None),
+                // A pre-authenticated request that has expired does not come back.
+                Some(Err(error))
+                    if upload.store.is_none() && error.reason() == Reason::StoreDenied =>
+                {
+                    let why = in_one_line(&error);
+                    let message = format!("the upload to {location} cannot be aborted: {why}");
+                    (message, Some(Outgoing { location, upload: None }))
                 }
-                Err(error) => tracing::error!(work_request = %request.id, "{error:?}"),
-            }
-        }
-        Ok(())
+                Some(Err(error)) => {
+                    tracing::error!(work_request = %request.id, "{error:?}");
+                    return Ok(());
+                }
+            };
+            tracing::warn!(work_request = %request.id, "{message}");
+            let message = format!("imaged was started again: {message}");
+            request.logs.push(LogEntry { message, time: ports.clock.now() });
+            request.outgoing = left;
+            ports.journal.put(request).await
+        });
+        futures_util::future::join_all(taken).await.into_iter().collect()
+    }
+
+    /// Aborts `upload`; `None`: its store does not answer, or is no more.
+    async fn abandon(&self, ports: &Ports, upload: &OutgoingUpload) -> Option<Result<()>> {
+        let Some(name) = &upload.store else {
+            return Some(ports.outlets.abandon(&upload.token).await);
+        };
+        let store = self.there.iter().find(|store| store.name() == name)?;
+        Some(store.abandon(&upload.token).await)
     }
 
     async fn made_its_image(&self, request: &WorkRequest) -> Made {
@@ -223,6 +264,6 @@ impl Stores<'_> {
     }
 }
 
-fn in_one_line(error: &Error) -> String {
+pub(super) fn in_one_line(error: &Error) -> String {
     error.causes().fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
 }

@@ -83,7 +83,7 @@ impl Work {
         let mut aborted = 0;
         for request in self.work_requests() {
             let sent = request.outgoing.as_ref().and_then(|outgoing| outgoing.upload.as_ref());
-            let left = sent.filter(|upload| upload.store == store.name());
+            let left = sent.filter(|upload| upload.store.as_deref() == Some(store.name()));
             let Some(upload) = left.filter(|_| request.status.is_final()) else { continue };
             store.abandon(&upload.token).await?;
             if let Some(request) = self.0.registry.taken_back(&request.id) {

@@ -65,7 +65,7 @@ fn settled(text: &str, dir: &Path, id: &str) -> String {
 }
 
 /// Whether `what` is in any file below `dir`.
-fn is_in_files(dir: &Path, what: &str) -> bool {
+pub fn is_in_files(dir: &Path, what: &str) -> bool {
     let found = std::process::Command::new("grep")
         .args(["-r", "-a", "-q", "-F", what])
         .arg(dir)
@@ -180,7 +180,7 @@ fn root_export_from_a_bucket_to_another() {
 }
 
 /// A URL for the object `name`, and its secret.
-fn url(oci: &Oci, access: ParAccess, name: Option<&str>) -> (String, String) {
+pub fn url(oci: &Oci, access: ParAccess, name: Option<&str>) -> (String, String) {
     let object = name.map(str::to_owned);
     let expires = oci.server.now() + 3_600_000;
     let spec = ParSpec { name: "out".into(), access, object, expires, listing: false };
@@ -191,7 +191,7 @@ fn url(oci: &Oci, access: ParAccess, name: Option<&str>) -> (String, String) {
 }
 
 /// The arguments for an export to `url`, which lies in a file.
-fn to_uri(oci: &Oci, id: &str, url: &str) -> Vec<String> {
+pub fn to_uri(oci: &Oci, id: &str, url: &str) -> Vec<String> {
     let file = oci.path("out.url");
     fs::write(&file, format!("{url}\n")).unwrap();
     let uri = format!("file://{}", file.display());
@@ -302,7 +302,7 @@ fn root_export_to_the_object_of_a_url_which_stays_a_secret() {
     ");
     assert!(oci.server.uploads(BUCKET).is_empty());
 
-    // The daemon dies in the middle: what is left is told.
+    // The daemon dies in the middle: the next one aborts it.
     oci.server.add_fault(Fault::new("PUT", "/3", FaultKind::Delay(Duration::from_secs(60))));
     let (dies, token) = url(&oci, ParAccess::ObjectWrite, Some("out/dies"));
     tokens.push(token);
@@ -320,8 +320,9 @@ fn root_export_to_the_object_of_a_url_which_stays_a_secret() {
     let told = request["data"]["errors"][0]["message"].as_str().unwrap();
     insta::assert_snapshot!(crate::oci_errors::settled(&oci, told), @"
     imaged died before the work was done
-      help: what was sent to https://os/images/out/dies is no object yet, and stays as an upload until a lifecycle rule of the bucket, or `oci os multipart abort`, removes it: its URL is not kept; export the image again, with a new retry token
+      help: nothing of it is left; export the image again, with a new retry token
     ");
+    assert!(oci.server.uploads(BUCKET).is_empty());
 
     daemon.stop();
     assert!(is_in_files(state.path(), "work request"), "the log is there");

@@ -28,6 +28,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("block", &["port", "exec", "steps", "sys", "model", "error"]),
     ("store", &["port", "exec", "steps", "sys", "model", "error"]),
     ("journal", &["port", "exec", "steps", "sys", "model", "error"]),
+    ("vault", &["port", "exec", "steps", "sys", "model", "error"]),
     // It decodes and recomputes digests, in a process of its own.
     ("worker", &["port", "encode", "format", "sys", "model", "error"]),
     ("catalogue", &["port", "model", "error"]),
@@ -41,7 +42,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("pb", &[]),
 ];
-const ADAPTERS: &[&str] = &["hypervisor", "block", "store", "journal", "worker"];
+const ADAPTERS: &[&str] = &["hypervisor", "block", "store", "journal", "vault", "worker"];
 
 #[test]
 fn imports_point_down_only() {

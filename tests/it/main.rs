@@ -36,6 +36,7 @@ mod reflink;
 mod reflink_live;
 mod restore;
 mod s3;
+mod sealed;
 mod service;
 mod sources;
 mod stalls;

@@ -29,6 +29,7 @@ use imaged::{
         Upload, Volumes, Writer,
     },
     store::ParOutlets,
+    vault::SystemdVault,
     worker::Workers,
 };
 
@@ -135,7 +136,10 @@ async fn empty(_: Config, _: Vec<Instance>) -> Result<Parts> {
             Arc::new(EmptyStore { name: "local", space: Some(space) }),
             Arc::new(EmptyStore { name: "far", space: None }),
         ],
-        outlets: Arc::new(ParOutlets::new("test".into())),
+        outlets: Arc::new(ParOutlets::new(
+            "test".into(),
+            Arc::new(SystemdVault::new("/nowhere".into())),
+        )),
         inspector: Arc::new(Workers::of(env!("CARGO_BIN_EXE_imaged").into())),
         features: vec![Feature {
             name: "io_uring".into(),

@@ -84,6 +84,7 @@ fn nspawn_the_unit_serves_restarts_and_lets_imaged_do_all_its_work() {
     let missing: Vec<_> = missing.map(|feature| feature["name"].as_str().unwrap()).collect();
     // Neither is in this system.
     assert_eq!(missing, ["lvm", "libvirt"], "{features:?}");
+    assert!(features.iter().any(|feature| feature["name"] == "sealing"), "{features:?}");
     assert!(fact("held").contains("is open for writing by sleep (pid "), "{}", fact("held"));
     assert!(fact("stranger").contains("cannot connect"), "{}", fact("stranger"));
     assert_eq!((fact("mounted"), fact("unmounted")), ("1".into(), "0".into()));

@@ -16,7 +16,8 @@ build=(libsystemd-dev pkg-config gcc libc6-dev make)
 demo=("${build[@]}" qemu-system-x86 qemu-utils mmdebstrap debian-archive-keyring
   e2fsprogs fdisk util-linux mount python3 b3sum tmux procps)
 # libfaketime: a clock that jumps.
-test=("${demo[@]}" xfsprogs btrfs-progs gdisk zstd systemd-container python3-pip libfaketime
+# systemd: systemd-creds.
+test=("${demo[@]}" xfsprogs btrfs-progs gdisk zstd systemd systemd-container python3-pip libfaketime
   libvirt-daemon-system libvirt-clients)
 
 tools=() # NAME@VERSION, as cargo install takes them

@@ -185,9 +185,13 @@ impl BucketDelivery {
 }
 
 impl Delivery for BucketDelivery {
-    fn token(&self) -> Option<UploadToken> {
-        let token = Token { key: self.key.clone(), upload: self.upload.clone() };
-        serde_json::to_string(&token).ok().map(UploadToken)
+    fn token(&self) -> BoxFuture<'_, Result<UploadToken>> {
+        Box::pin(async {
+            let token = Token { key: self.key.clone(), upload: self.upload.clone() };
+            let token = serde_json::to_string(&token)
+                .context(Reason::JournalFailed, || "the journal takes no name of an upload")?;
+            Ok(UploadToken(token))
+        })
     }
 
     fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<()>> {

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 pub(super) use self::{
     delivery::exists,
-    retry::{PATIENT, again},
+    retry::{BRIEF, PATIENT, again},
 };
 pub use self::{retry::Retry, store::BucketStore};
 use super::http::Answer;

@@ -233,7 +233,7 @@ impl Access {
 
     /// Path of an upload. A secret, and so sealed in its name, which stands in
     /// the journal.
-    fn path_of(&self, upload: &UploadId) -> Result<String> {
+    pub fn path_of(&self, upload: &UploadId) -> Result<String> {
         seal::open(self.url.secret(), &upload.name)
     }
 
@@ -268,8 +268,12 @@ impl Access {
 
     /// Forgets an upload and its parts.
     pub async fn abort(&self, upload: &UploadId, what: &str) -> Result<()> {
-        let ask = Ask::new(Method::DELETE, self.path_of(upload)?, Need::Writing, what);
-        self.find(ask).await.map(drop)
+        self.abort_at(self.path_of(upload)?, what).await
+    }
+
+    /// The same of the upload at `path`.
+    pub async fn abort_at(&self, path: String, what: &str) -> Result<()> {
+        self.find(Ask::new(Method::DELETE, path, Need::Writing, what)).await.map(drop)
     }
 }
 

@@ -4,6 +4,7 @@
 mod access;
 mod object;
 mod outlet;
+mod remains;
 mod seal;
 mod url;
 

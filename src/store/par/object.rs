@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use super::{ParUrl, access::Access};
+use super::{ParUrl, access::Access, remains::Remains};
 use crate::{
     error::{Error, Reason, Result},
     port::Part,
@@ -100,6 +100,16 @@ impl ObjectPar {
             true => Ok(ETag(answer.header("etag").to_owned())),
             false => Err(answers::not_made_of(self.access.cannot(&what), &answer)),
         }
+    }
+
+    /// What would be left of the upload.
+    pub(super) fn remains(&self, upload: &UploadId) -> Result<Remains> {
+        Ok(Remains {
+            endpoint: self.access.url.endpoint.clone(),
+            bucket: self.access.url.bucket.clone(),
+            object: self.object.clone(),
+            path: self.access.path_of(upload)?,
+        })
     }
 
     /// Forgets the upload. Aborting what is not there is success.

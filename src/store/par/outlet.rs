@@ -1,4 +1,11 @@
 //! An object at a URL that somebody gave with an order, and that is not kept.
+//!
+//! ```text
+//! begin ─► what aborts the upload, into the vault ─► parts ─► complete ─► wiped
+//!                                                      └────► abort ────► wiped
+//! ```
+//! The URL of the upload, which the service gives, ends with it: what is kept
+//! is of no use to anyone then.
 
 use std::{
     collections::BTreeMap,
@@ -7,26 +14,30 @@ use std::{
 };
 
 use reqwest::Url;
+use tokio::sync::OnceCell;
 
-use super::{ObjectPar, ParUrl};
+use super::{ObjectPar, ParUrl, remains::Remains};
 use crate::{
     error::{Context, Error, Reason, Result},
     model::upload::UploadToken,
-    port::{BoxFuture, Delivery, Outlet, Outlets, Over, Part, Secret},
-    store::bucket::{ETag, PATIENT, StoredAs, UploadId, again, exists},
+    port::{BoxFuture, Delivery, Outlet, Outlets, Over, Part, Secret, Vault},
+    steps,
+    store::bucket::{BRIEF, ETag, PATIENT, StoredAs, UploadId, again, exists},
 };
 
 /// Finds the objects of pre-authenticated requests.
 #[derive(Debug)]
 pub struct ParOutlets {
     mark: String,
+    vault: Arc<dyn Vault>,
 }
 
 impl ParOutlets {
-    /// Objects will carry `mark`.
+    /// Objects will carry `mark`; what aborts their uploads after a crash is
+    /// in `vault`, which is theirs alone.
     #[must_use]
-    pub fn new(mark: String) -> Self {
-        Self { mark }
+    pub fn new(mark: String, vault: Arc<dyn Vault>) -> Self {
+        Self { mark, vault }
     }
 }
 
@@ -49,7 +60,26 @@ impl Outlets for ParOutlets {
             ));
         };
         let location = format!("{}/{}/{object}", url.endpoint, url.bucket);
-        Ok(Box::new(ParOutlet { url, over, location, mark: self.mark.clone() }))
+        let (mark, vault) = (self.mark.clone(), Arc::clone(&self.vault));
+        Ok(Box::new(ParOutlet { url, over, location, mark, vault }))
+    }
+
+    fn abandon<'a>(&'a self, token: &'a UploadToken) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async {
+            // It is wiped before the end of the delivery, by which it was
+            // done, is in the journal.
+            let Some(secret) = self.vault.open(&token.0).await? else { return Ok(()) };
+            let remains = Remains::try_from(&secret)?;
+            let abort = || -> BoxFuture<'_, Result<()>> { Box::pin(remains.abort()) };
+            steps::effect("url abort", again(BRIEF, abort)).await
+        })
+    }
+
+    fn sweep<'a>(&'a self, keep: &'a [UploadToken]) -> BoxFuture<'a, Result<usize>> {
+        Box::pin(async {
+            let keep: Vec<_> = keep.iter().map(|token| &*token.0).collect();
+            self.vault.sweep(&keep).await
+        })
     }
 }
 
@@ -70,6 +100,7 @@ struct ParOutlet {
     over: Over,
     location: String,
     mark: String,
+    vault: Arc<dyn Vault>,
 }
 
 impl Outlet for ParOutlet {
@@ -92,11 +123,12 @@ impl Outlet for ParOutlet {
                     }
                 })
             };
-            let Some(upload) = again(PATIENT, begin).await? else {
-                return Err(exists(&self.location));
-            };
+            let begun = steps::effect("url begin", again(PATIENT, begin)).await?;
+            let Some(upload) = begun else { return Err(exists(&self.location)) };
             let (location, over) = (self.location.clone(), self.over);
-            let delivery = ParDelivery { par, upload, over, location, parts: Mutex::default() };
+            let (vault, kept) = (Arc::clone(&self.vault), OnceCell::new());
+            let parts = Mutex::default();
+            let delivery = ParDelivery { par, upload, over, location, parts, vault, kept };
             Ok(Box::new(delivery) as Box<dyn Delivery>)
         })
     }
@@ -115,6 +147,9 @@ struct ParDelivery {
     over: Over,
     location: String,
     parts: Mutex<BTreeMap<u32, StoredAs>>,
+    vault: Arc<dyn Vault>,
+    /// What the vault calls that which aborts it.
+    kept: OnceCell<String>,
 }
 
 impl ParDelivery {
@@ -137,12 +172,43 @@ impl ParDelivery {
             }
         }
     }
+
+    async fn complete(&self) -> Result<Option<ETag>> {
+        let parts: Vec<_> = {
+            let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+            parts.values().cloned().collect()
+        };
+        let complete = || -> BoxFuture<'_, Result<Option<ETag>>> {
+            Box::pin(async {
+                match self.par.complete(&self.upload, &parts).await {
+                    Err(error) if error.reason() == Reason::StoreRefused => {
+                        self.done_before(&parts, error).await
+                    }
+                    completed => completed.map(Some),
+                }
+            })
+        };
+        again(PATIENT, complete).await
+    }
+
+    /// The delivery has ended, one way or the other.
+    async fn wipe(&self) {
+        let Some(kept) = self.kept.get() else { return };
+        if let Err(error) = self.vault.wipe(kept).await {
+            tracing::warn!("{error:?}; the next start does that");
+        }
+    }
 }
 
 impl Delivery for ParDelivery {
-    /// Only the URL could abort it.
-    fn token(&self) -> Option<UploadToken> {
-        None
+    fn token(&self) -> BoxFuture<'_, Result<UploadToken>> {
+        Box::pin(async {
+            let keep = async || {
+                let secret = Secret::try_from(&self.par.remains(&self.upload)?)?;
+                self.vault.keep(&secret).await
+            };
+            self.kept.get_or_try_init(keep).await.cloned().map(UploadToken)
+        })
     }
 
     fn put(&self, part: Arc<Part>) -> BoxFuture<'_, Result<()>> {
@@ -160,27 +226,18 @@ impl Delivery for ParDelivery {
 
     fn complete(&self) -> BoxFuture<'_, Result<Option<String>>> {
         Box::pin(async {
-            let parts: Vec<_> = {
-                let parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
-                parts.values().cloned().collect()
-            };
-            let complete = || -> BoxFuture<'_, Result<Option<ETag>>> {
-                Box::pin(async {
-                    match self.par.complete(&self.upload, &parts).await {
-                        Err(error) if error.reason() == Reason::StoreRefused => {
-                            self.done_before(&parts, error).await
-                        }
-                        completed => completed.map(Some),
-                    }
-                })
-            };
-            let etag = again(PATIENT, complete).await?;
+            let etag = steps::effect("url complete", ParDelivery::complete(self)).await?;
+            self.wipe().await;
             Ok(etag.map(|ETag(etag)| etag).filter(|etag| !etag.is_empty()))
         })
     }
 
     fn abort(&self) -> BoxFuture<'_, Result<()>> {
-        Box::pin(self.par.abort(&self.upload))
+        Box::pin(async {
+            steps::effect("url abort", self.par.abort(&self.upload)).await?;
+            self.wipe().await;
+            Ok(())
+        })
     }
 }
 

@@ -47,6 +47,11 @@ impl ParUrl {
         })
     }
 
+    /// What gives access to nothing but an upload of `object`, at `path`.
+    pub fn of_upload(endpoint: String, bucket: String, object: String, path: String) -> Self {
+        Self { endpoint, bucket, object: Some(object), base: path }
+    }
+
     /// Path of the object whose encoded name is `name`. A secret.
     pub fn target(&self, name: &str) -> String {
         format!("{}{name}", self.base)
