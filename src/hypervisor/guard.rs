@@ -28,7 +28,7 @@ use nix::sys::signal::{SigSet, Signal};
 use super::{libvirt, live};
 use crate::{
     error::{Context, Error, Reason, Result},
-    model::live::{SnapshotUndo, Undo},
+    model::{instance::Machine, live::Undo},
     recorder::Recorder,
     steps,
 };
@@ -154,11 +154,9 @@ async fn let_go(undo: &Undo) -> Result<()> {
     let begun = Instant::now();
     let recorder = Arc::new(Recorder::new());
     loop {
-        let let_go = match &undo.snapshot {
-            SnapshotUndo::Filter(_) | SnapshotUndo::OfHost(_) => {
-                live::let_go(undo, &recorder).await
-            }
-            SnapshotUndo::Backup(_) => libvirt::stand_by(undo, &recorder).await,
+        let let_go = match &undo.machine {
+            Machine::Qemu(_) => live::let_go(undo, &recorder).await,
+            Machine::Domain(_) => libvirt::stand_by(undo, &recorder).await,
         };
         let error: Error = match let_go {
             Ok(()) => return Ok(()),

@@ -8,6 +8,7 @@
 //! libvirt   the domains of libvirt, by virsh
 //! freeze    a guest's filesystems   ┐ what holds a guest
 //! hold      or the whole guest      ┘ for its point in time
+//! of_host   snapshots that the host takes
 //! live      snapshots of running instances, with all of these
 //! guard     lets guests go when imaged cannot
 //! keep      what of it may be recorded
@@ -23,6 +24,7 @@ mod keep;
 mod libvirt;
 pub mod lines;
 mod live;
+mod of_host;
 mod qemu;
 pub mod qmp;
 mod refusal;

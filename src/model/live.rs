@@ -112,6 +112,19 @@ impl SnapshotUndo {
 pub struct OfHost {
     /// Its tag.
     pub host_snapshot: String,
+    /// Of which run, if it is a domain's.
+    #[serde(flatten)]
+    pub run: Option<Run>,
+}
+
+/// One run of a domain, from its start until it is shut off.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Run {
+    /// The libvirtd that has it.
+    pub uri: String,
+    /// libvirt counts the starts of its domains.
+    pub started: u32,
 }
 
 /// A copy-before-write filter in QEMU, with all that belongs to it.
@@ -138,10 +151,9 @@ pub struct Backup {
     pub target: String,
     /// Directory of the order, the scratch file and the socket, all worthless.
     pub dir: PathBuf,
-    /// The libvirtd that does it.
-    pub uri: String,
-    /// Which start of the domain it was taken of: libvirt counts them.
-    pub started: u32,
+    /// Of which run it is.
+    #[serde(flatten)]
+    pub run: Run,
     /// Most bytes that the guest may overwrite.
     pub scratch: ByteSize,
 }

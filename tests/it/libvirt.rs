@@ -329,11 +329,12 @@ fn libvirt_domain_whose_scratch_fills_is_stopped_by_a_backup_and_not_by_imaged()
     let libvirt = Libvirt::start_in(dir, "web-1");
     libvirt.boot();
     libvirt.sh("yes old | head -c 60000000 >/large; sync");
-    let overwrite = || {
-        libvirt.sh(
-            "setsid sh -c 'yes new | head -c 60000000 | dd bs=64k of=/large conv=notrunc,fsync' \
-             >/dev/null 2>&1 </dev/null &",
-        );
+    let overwrite = |pause: &str| {
+        libvirt.sh(&format!(
+            "setsid sh -c 'for i in $(seq 0 57); do yes new | head -c 1048576 | \
+             dd bs=1M seek=$i of=/large conv=notrunc,fsync iflag=fullblock; sleep {pause}; done' \
+             >/dev/null 2>&1 </dev/null &"
+        ));
     };
 
     let order = libvirt.dir.path().join("backup.xml");
@@ -345,7 +346,7 @@ fn libvirt_domain_whose_scratch_fills_is_stopped_by_a_backup_and_not_by_imaged()
     );
     fs::write(&order, backup).unwrap();
     libvirt.virsh(&["backup-begin", "web-1", order.to_str().unwrap()]);
-    overwrite();
+    overwrite("0");
     wait_for("the guest to be stopped", Duration::from_secs(60), || {
         (libvirt.state() == "paused").then_some(())
     });
@@ -362,7 +363,7 @@ fn libvirt_domain_whose_scratch_fills_is_stopped_by_a_backup_and_not_by_imaged()
     let daemon = Daemon::start(&config);
     let request = reading(&daemon, &["--consistency", "crash"]);
     let kept = daemon.kill().unwrap();
-    overwrite();
+    overwrite("0.3");
     wait_for("the backup to be ended", Duration::from_secs(60), || {
         assert_eq!(libvirt.state(), "running");
         libvirt.virsh(&["domjobinfo", "web-1"]).contains("None").then_some(())

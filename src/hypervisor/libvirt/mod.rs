@@ -37,7 +37,7 @@ use crate::{
         CompartmentId,
         host::Feature,
         instance::{Instance, Machine, PowerState},
-        live::{Backup, SnapshotUndo, Undo},
+        live::{Backup, OfHost, Run, SnapshotUndo, Undo},
         upload::ResumeSource,
     },
     port::{BoxFuture, Hypervisor, LiveSnapshot, Prepared, SnapshotOrder},
@@ -135,13 +135,29 @@ impl LibvirtHost {
     }
 }
 
-/// What a backup's undo says.
-fn backup_of(undo: &Undo) -> Result<&Backup> {
-    match &undo.snapshot {
-        SnapshotUndo::Backup(backup) => Ok(backup),
-        SnapshotUndo::Filter(_) | SnapshotUndo::OfHost(_) => {
-            let context = format!("the undo of instance {:?} is not libvirt's", undo.instance);
-            Err(Error::new(Reason::Internal, context))
+/// What was done to a domain.
+enum Done<'a> {
+    Backup(&'a Backup),
+    /// Nothing: the host took the snapshot.
+    Nothing(&'a Run),
+}
+
+impl<'a> Done<'a> {
+    fn of(undo: &'a Undo) -> Result<Self> {
+        match &undo.snapshot {
+            SnapshotUndo::Backup(backup) => Ok(Self::Backup(backup)),
+            SnapshotUndo::OfHost(OfHost { run: Some(run), .. }) => Ok(Self::Nothing(run)),
+            SnapshotUndo::OfHost(OfHost { run: None, .. }) | SnapshotUndo::Filter(_) => {
+                let context = format!("the undo of instance {:?} is not libvirt's", undo.instance);
+                Err(Error::new(Reason::Internal, context))
+            }
+        }
+    }
+
+    fn run(&self) -> &'a Run {
+        match self {
+            Self::Backup(backup) => &backup.run,
+            Self::Nothing(run) => run,
         }
     }
 }
@@ -152,14 +168,17 @@ fn backup_of(undo: &Undo) -> Result<&Backup> {
 ///
 /// It is to be tried again.
 pub(super) async fn stand_by(undo: &Undo, recorder: &Arc<Recorder>) -> Result<()> {
-    let backup = backup_of(undo)?;
+    let done = Done::of(undo)?;
     let Machine::Domain(domain) = &undo.machine else {
         return Err(Error::new(Reason::Internal, "it is no domain of libvirt's"));
     };
-    let virsh = Virsh::find(&backup.uri)?;
+    let virsh = Virsh::find(&done.run().uri)?;
     let recorder = Arc::clone(recorder);
     let line = Line { virsh, domain: domain.domain.clone(), recorder };
-    undo::stand_by(&line, undo, backup).await
+    match done {
+        Done::Backup(backup) => undo::stand_by(&line, undo, backup).await,
+        Done::Nothing(run) => undo::let_go(&line, undo, run).await,
+    }
 }
 
 impl Hypervisor for LibvirtHost {
@@ -209,9 +228,7 @@ impl Hypervisor for LibvirtHost {
             let tag = format!("{:012x}", random >> 16);
             let line = self.line(&instance.machine, recorder)?;
             let guards = Arc::clone(&self.guards);
-            let ready =
-                prepare::prepare(line, instance, order, &self.scratch_dir, tag, guards).await?;
-            Ok(Box::new(ready) as Box<dyn Prepared>)
+            prepare::prepare(line, instance, order, &self.scratch_dir, tag, guards).await
         })
     }
 
@@ -224,14 +241,20 @@ impl Hypervisor for LibvirtHost {
         Box::pin(async move {
             let line = self.line(&undo.machine, recorder)?;
             let guards = Arc::clone(&self.guards);
-            snapshot::regain(line, undo, backup_of(undo)?, source, guards).await
+            match Done::of(undo)? {
+                Done::Backup(backup) => snapshot::regain(line, undo, backup, source, guards).await,
+                Done::Nothing(_) => Err(snapshot::gone(&undo.instance)),
+            }
         })
     }
 
     fn undo<'a>(&'a self, undo: &'a Undo, recorder: Arc<Recorder>) -> BoxFuture<'a, Result<()>> {
         Box::pin(async move {
             let line = self.line(&undo.machine, recorder)?;
-            undo::undo(&line, undo, backup_of(undo)?).await?;
+            match Done::of(undo)? {
+                Done::Backup(backup) => undo::undo(&line, undo, backup).await?,
+                Done::Nothing(run) => undo::let_go(&line, undo, run).await?,
+            }
             self.guards.lift(undo).await;
             Ok(())
         })

@@ -12,13 +12,13 @@ use super::{
 };
 use crate::{
     error::{Context, Error, Reason, Result},
-    hypervisor::{agent::Agent, freeze::Freezer, guard::Guards, hold::Hold, live},
+    hypervisor::{agent::Agent, freeze::Freezer, guard::Guards, hold::Hold, live, of_host},
     model::{
         ByteSize,
         instance::Instance,
-        live::{Backup, Mode, SnapshotUndo, Undo},
+        live::{Backup, Mode, OfHost, Run, SnapshotUndo, Undo},
     },
-    port::SnapshotOrder,
+    port::{Prepared, SnapshotOrder},
 };
 
 /// Checks everything that can be checked. `scratch_dir` is where scratch
@@ -31,11 +31,11 @@ use crate::{
 pub(super) async fn prepare(
     line: Line,
     instance: &Instance,
-    order: SnapshotOrder,
+    mut order: SnapshotOrder,
     scratch_dir: &Path,
     tag: String,
     guards: Arc<Guards>,
-) -> Result<Ready> {
+) -> Result<Box<dyn Prepared>> {
     let refused = |why: String| {
         let context = format!("no snapshot of instance {:?} can be taken: {why}", instance.name);
         Error::new(Reason::SnapshotRefused, context).field("instance_id")
@@ -82,13 +82,35 @@ pub(super) async fn prepare(
         },
         Mode::Stop(force) => Hold::Stopped(Stopper::new(&line, instance, &now, force).await?),
     };
+    let run = Run { uri: line.virsh.uri().to_owned(), started };
+    if let Some(snapshot) = order.host.take().filter(|_| now.boot.format == "raw") {
+        let of_host = OfHost { host_snapshot: tag, run: Some(run) };
+        let undo = Undo {
+            instance: instance.name.clone(),
+            machine: instance.machine.clone(),
+            snapshot: SnapshotUndo::OfHost(of_host),
+            held: hold.undo(instance),
+        };
+        let (disk, mode) = (now.boot.target, order.mode);
+        let recorder = Arc::clone(&line.recorder);
+        return Ok(Box::new(of_host::Ready {
+            line,
+            hold,
+            disk,
+            size,
+            snapshot,
+            undo,
+            mode,
+            guards,
+            recorder,
+        }));
+    }
     live::room(scratch_dir.to_owned(), order.scratch).await?;
     let backup = Backup {
         dir: scratch_dir.join(&tag),
         tag,
         target: now.boot.target,
-        uri: line.virsh.uri().to_owned(),
-        started,
+        run,
         scratch: order.scratch,
     };
     let undo = Undo {
@@ -98,7 +120,7 @@ pub(super) async fn prepare(
         held: hold.undo(instance),
     };
     let (owner, volume, mode) = (now.owner, instance.boot_volume.clone(), order.mode);
-    Ok(Ready { line, hold, undo, backup, owner, volume, size, mode, guards })
+    Ok(Box::new(Ready { line, hold, undo, backup, owner, volume, size, mode, guards }))
 }
 
 async fn freezer(line: &Line, instance: &Instance) -> Result<Freezer> {

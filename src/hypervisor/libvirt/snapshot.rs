@@ -23,6 +23,7 @@ use crate::{
     hypervisor::{
         guard::Guards,
         hold::{Hold, Moment},
+        of_host,
     },
     model::{
         ByteSize,
@@ -131,11 +132,7 @@ pub(super) async fn regain(
     source: &ResumeSource,
     guards: Arc<Guards>,
 ) -> Result<Box<dyn LiveSnapshot>> {
-    let gone = || {
-        let context = format!("the snapshot of instance {:?} is gone", undo.instance);
-        Error::new(Reason::SnapshotBroken, context)
-            .advice("ask for the image again, with a new retry token")
-    };
+    let gone = || gone(&undo.instance);
     let ResumeSource::Live { point, source, .. } = source else { return Err(gone()) };
     if !is_under_way(&line, backup).await? {
         return Err(gone());
@@ -143,6 +140,12 @@ pub(super) async fn regain(
     guards.set(undo).await?;
     let (undo, backup, point, source) = (undo.clone(), backup.clone(), *point, source.clone());
     Ok(Box::new(Taken { line, undo, backup, point, source, guards }))
+}
+
+pub(super) fn gone(instance: &str) -> Error {
+    let context = format!("the snapshot of instance {instance:?} is gone");
+    Error::new(Reason::SnapshotBroken, context)
+        .advice("ask for the image again, with a new retry token")
 }
 
 /// A snapshot that is held.
@@ -166,14 +169,7 @@ impl LiveSnapshot for Taken {
     }
 
     fn disk_work(&self) -> BoxFuture<'_, Result<DiskWork>> {
-        Box::pin(async move {
-            let target = [self.backup.target.as_str()];
-            let told = self
-                .line
-                .ask("count a disk's work", "domblkstat", &target, within(COMMAND))
-                .await?;
-            Ok(disk_work(&told))
-        })
+        Box::pin(of_host::Line::disk_work(&self.line, &self.backup.target))
     }
 
     fn scratch(&self) -> BoxFuture<'_, Result<ByteSize>> {
@@ -251,6 +247,15 @@ impl Taken {
              into libvirt's log, and ask again",
         )
     }
+}
+
+impl of_host::Line for Line {
+    async fn disk_work(&self, disk: &str) -> Result<DiskWork> {
+        let told = self.ask("count a disk's work", "domblkstat", &[disk], within(COMMAND)).await?;
+        Ok(disk_work(&told))
+    }
+
+    async fn close(self) {}
 }
 
 /// What `domblkstat` says.

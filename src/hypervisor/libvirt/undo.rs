@@ -14,7 +14,7 @@ use crate::{
     hypervisor::{agent::Agent, freeze, live},
     model::{
         ByteSize,
-        live::{Backup, Undo},
+        live::{Backup, Run, Undo},
     },
     steps,
 };
@@ -38,7 +38,7 @@ const ORPHANS: Duration = Duration::from_secs(2);
 pub(super) async fn undo(line: &Line, undo: &Undo, backup: &Backup) -> Result<()> {
     // What holds the guest first. A guest that does not answer is no reason
     // to leave the rest.
-    let let_go = let_go(line, undo, backup).await;
+    let let_go = let_go(line, undo, &backup.run).await;
     end(line, backup).await?;
     // libvirt makes the scratch file in the directory: without it, no order
     // that a dead imaged has left on its way begins a backup any more.
@@ -49,8 +49,8 @@ pub(super) async fn undo(line: &Line, undo: &Undo, backup: &Backup) -> Result<()
 
 /// Ends what holds the guest: thaws it, starts it again. Repeating it changes
 /// nothing.
-pub(super) async fn let_go(line: &Line, undo: &Undo, backup: &Backup) -> Result<()> {
-    if undo.held.frozen && started(line).await? == Some(backup.started) {
+pub(super) async fn let_go(line: &Line, undo: &Undo, run: &Run) -> Result<()> {
+    if undo.held.frozen && started(line).await? == Some(run.started) {
         let agent = Agent::of_domain(line.clone());
         let count = freeze::thaw(&agent, &line.recorder).await?;
         if count > 0 {
@@ -58,7 +58,7 @@ pub(super) async fn let_go(line: &Line, undo: &Undo, backup: &Backup) -> Result<
         }
     }
     match undo.held.stopped {
-        Some(seconds) => start_again(line, undo, backup, seconds).await,
+        Some(seconds) => start_again(line, undo, run, seconds).await,
         None => Ok(()),
     }
 }
@@ -71,13 +71,13 @@ pub(super) async fn let_go(line: &Line, undo: &Undo, backup: &Backup) -> Result<
 /// | is paused | was started again | it goes on |
 /// | runs | was started again | it was done |
 /// | runs | was not | it may be shutting down: wait, at most as long as that may take |
-async fn start_again(line: &Line, undo: &Undo, backup: &Backup, seconds: u32) -> Result<()> {
+async fn start_again(line: &Line, undo: &Undo, run: &Run, seconds: u32) -> Result<()> {
     let end = within(Duration::from_secs(seconds.into()));
     // Another that undoes the same (a guard, the next imaged) may be quicker:
     // what it did is refused here, and seen by the next look.
     let mut tries = 0;
     loop {
-        let again = started(line).await? != Some(backup.started);
+        let again = started(line).await? != Some(run.started);
         let done = match line.state(within(COMMAND)).await? {
             State::Gone => return Ok(()),
             State::Running if again || Instant::now() >= end => return Ok(()),
@@ -173,12 +173,12 @@ async fn clean(dir: &Path) -> Result<()> {
 /// What a guard does: lets the guest go, and from then on keeps the scratch
 /// from filling, as long as there is one. A full one would hold the guest.
 pub(super) async fn stand_by(line: &Line, undo: &Undo, backup: &Backup) -> Result<()> {
-    let_go(line, undo, backup).await?;
+    let_go(line, undo, &backup.run).await?;
     sleep(ORPHANS).await;
     // Where the next imaged has undone all, what holds the guest by now is
     // that one's.
     if backup.dir.exists() {
-        let_go(line, undo, backup).await?;
+        let_go(line, undo, &backup.run).await?;
     }
     loop {
         match Room::of(backup) {

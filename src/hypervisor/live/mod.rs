@@ -29,7 +29,6 @@
 mod find;
 mod iothread;
 mod names;
-mod of_host;
 mod prepare;
 mod snapshot;
 mod stop;

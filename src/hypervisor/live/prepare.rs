@@ -14,7 +14,6 @@ use super::{
     find::{BootDisk, boot_disk},
     iothread,
     names::Names,
-    of_host,
     snapshot::Ready,
     stop::Stopper,
     undo::sockets,
@@ -27,6 +26,7 @@ use crate::{
         freeze::Freezer,
         guard::Guards,
         hold::Hold,
+        of_host,
         qmp::{Command, Qmp},
     },
     model::{
@@ -90,14 +90,15 @@ pub async fn prepare(
         let undo = Undo {
             instance: instance.name.clone(),
             machine: instance.machine.clone(),
-            snapshot: SnapshotUndo::OfHost(OfHost { host_snapshot: tag }),
+            snapshot: SnapshotUndo::OfHost(OfHost { host_snapshot: tag, run: None }),
             held: hold.undo(instance),
         };
         let mode = order.mode;
         return Ok(Box::new(of_host::Ready {
-            qmp,
+            line: qmp,
             hold,
-            disk,
+            disk: disk.device.to_string(),
+            size: disk.size,
             snapshot,
             undo,
             mode,

@@ -27,6 +27,7 @@ use crate::{
     hypervisor::{
         guard::Guards,
         hold::{Hold, Moment},
+        of_host,
         qmp::{
             AllocationMap, Command, DeviceStatistics, Done, Events, FilePath, NodeRef, Observed,
             Qmp, SocketPath, Switch,
@@ -328,8 +329,18 @@ impl Taken {
     }
 }
 
+impl of_host::Line for Qmp {
+    async fn disk_work(&self, disk: &str) -> Result<DiskWork> {
+        disk_work(self, disk).await
+    }
+
+    async fn close(self) {
+        Self::close(self).await;
+    }
+}
+
 /// What QEMU's `device` has done so far.
-pub(super) async fn disk_work(qmp: &Qmp, device: &str) -> Result<DiskWork> {
+async fn disk_work(qmp: &Qmp, device: &str) -> Result<DiskWork> {
     let disks = qmp.execute(Command::query_statistics(), within(COMMAND)).await?;
     let is_it =
         |disk: &&DeviceStatistics| disk.qdev.as_ref().is_some_and(|qdev| qdev.as_str() == device);

@@ -1,22 +1,23 @@
 //! A snapshot that the host's filesystem or volume manager takes, while the
-//! guest is frozen or shut down.
+//! guest is frozen or shut down, whoever runs it.
 //!
 //! QEMU has no part in it: what its guest wrote is in the file by then, or in
 //! the page cache above it, which is part of the file. Without a freeze it is what a pulled plug leaves: the host takes
 //! it between two writes, for those that are on their way.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use tokio::time::{Instant, timeout_at};
 
-use super::{find::BootDisk, snapshot::disk_work, stop::Stopper};
+use super::{
+    guard::Guards,
+    hold::{Hold, Moment, Stopper},
+};
 use crate::{
     error::{Error, Reason, Result},
-    hypervisor::{
-        guard::Guards,
-        hold::{Hold, Moment},
-        qmp::Qmp,
-    },
     model::{
         ByteSize,
         live::{LiveSource, Mode, PointInTime, Undo},
@@ -25,12 +26,22 @@ use crate::{
     recorder::Recorder,
 };
 
+/// What is asked of who runs the guest while its snapshot is read.
+pub(super) trait Line: Send + Sync + fmt::Debug + 'static {
+    /// What the guest's `disk` has done so far.
+    fn disk_work(&self, disk: &str) -> impl Future<Output = Result<DiskWork>> + Send;
+    /// Nothing more will be asked.
+    fn close(self) -> impl Future<Output = ()> + Send;
+}
+
 /// A snapshot that the host can take.
 #[derive(Debug)]
-pub(super) struct Ready {
-    pub qmp: Qmp,
-    pub hold: Hold<Stopper>,
-    pub disk: BootDisk,
+pub(super) struct Ready<S: Stopper> {
+    pub line: S::Line,
+    pub hold: Hold<S>,
+    /// The boot disk, in the words of who runs the guest.
+    pub disk: String,
+    pub size: ByteSize,
     pub snapshot: Box<dyn HostSnapshot>,
     pub undo: Undo,
     pub mode: Mode,
@@ -38,13 +49,16 @@ pub(super) struct Ready {
     pub recorder: Arc<Recorder>,
 }
 
-impl Prepared for Ready {
+impl<S> Prepared for Ready<S>
+where
+    S: Stopper<Line: Line> + Send + fmt::Debug + 'static,
+{
     fn undo(&self) -> &Undo {
         &self.undo
     }
 
     fn size(&self) -> ByteSize {
-        self.disk.size
+        self.size
     }
 
     fn take(self: Box<Self>) -> BoxFuture<'static, Result<Box<dyn LiveSnapshot>>> {
@@ -55,28 +69,28 @@ impl Prepared for Ready {
     }
 }
 
-impl Ready {
-    async fn taken(self) -> Result<Taken> {
-        let Self { qmp, hold, disk, snapshot, undo, mode, guards, recorder } = self;
+impl<S: Stopper> Ready<S> {
+    async fn taken(self) -> Result<Taken<S::Line>> {
+        let Self { line, hold, disk, size, snapshot, undo, mode, guards, recorder } = self;
         // What is dirty now would be written back with the guest frozen.
         snapshot.settle().await?;
         if undo.held.is_held() {
             guards.set(&undo).await?;
         }
         let taking = Taking { snapshot: Mutex::new(Some(snapshot)), volume: Mutex::new(None) };
-        let point = hold.point(&qmp, mode, &recorder, &taking).await?;
+        let point = hold.point(&line, mode, &recorder, &taking).await?;
         guards.lift(&undo).await;
         let volume = taking.volume;
-        let size = lock(&volume).as_ref().map_or(ByteSize(0), |taken| taken.facts().size);
-        if size != disk.size {
+        let found = lock(&volume).as_ref().map_or(ByteSize(0), |taken| taken.facts().size);
+        if found != size {
             let context = format!(
-                "the snapshot of instance {:?} has {size:#}, and its disk has {:#}",
-                undo.instance, disk.size
+                "the snapshot of instance {:?} has {found:#}, and its disk has {size:#}",
+                undo.instance
             );
             return Err(Error::new(Reason::SnapshotRefused, context)
                 .advice("do not resize a volume while it is imaged; ask again"));
         }
-        Ok(Taken { qmp, device: disk.device.to_string(), point, volume })
+        Ok(Taken { line, disk, point, volume })
     }
 }
 
@@ -115,14 +129,14 @@ impl Moment for Taking {
 
 /// A snapshot that was taken.
 #[derive(Debug)]
-struct Taken {
-    qmp: Qmp,
-    device: String,
+struct Taken<L> {
+    line: L,
+    disk: String,
     point: PointInTime,
     volume: Once<Box<dyn HeldVolume>>,
 }
 
-impl LiveSnapshot for Taken {
+impl<L: Line> LiveSnapshot for Taken<L> {
     fn point(&self) -> &PointInTime {
         &self.point
     }
@@ -136,21 +150,21 @@ impl LiveSnapshot for Taken {
     }
 
     fn disk_work(&self) -> BoxFuture<'_, Result<DiskWork>> {
-        Box::pin(disk_work(&self.qmp, &self.device))
+        Box::pin(self.line.disk_work(&self.disk))
     }
 
     fn scratch(&self) -> BoxFuture<'_, Result<ByteSize>> {
         Box::pin(async { Ok(ByteSize(0)) })
     }
 
-    /// Never: it needs no QEMU.
+    /// Never: it needs nobody.
     fn lost(&self) -> BoxFuture<'_, Error> {
         Box::pin(std::future::pending())
     }
 
     fn release(self: Box<Self>) -> BoxFuture<'static, Result<ByteSize>> {
         Box::pin(async move {
-            self.qmp.close().await;
+            self.line.close().await;
             Ok(ByteSize(0))
         })
     }
