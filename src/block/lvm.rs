@@ -30,7 +30,7 @@ use super::{
     writes::Writes,
 };
 use crate::{
-    error::{Context, Error, Reason, Result},
+    error::{Context, Reason, Result},
     model::{ByteSize, image::SnapshotKind, upload::VolumeMark},
     port::{BoxFuture, HeldVolume, HostSnapshot, Pace, Piece, VolumeFacts, Writer},
     steps,
@@ -78,7 +78,7 @@ impl Lvm {
 
     /// The logical volumes that `select` chooses (lvmreport(7)).
     fn select(&self, select: &str) -> Result<Vec<LogicalVolume>> {
-        const FIELDS: &str = "vg_name,lv_name,lv_path,segtype,pool_lv,lv_size,data_percent,\
+        const FIELDS: &str = "vg_name,lv_name,segtype,pool_lv,lv_size,data_percent,\
                               metadata_percent";
         let report = ["--reportformat", "json", "--units", "b", "--nosuffix", "--options", FIELDS];
         let told = self.lvs.run(&[&report[..], &["--select", select]].concat())?;
@@ -132,7 +132,6 @@ struct Group {
 struct LogicalVolume {
     vg_name: String,
     lv_name: String,
-    lv_path: PathBuf,
     segtype: String,
     pool_lv: String,
     lv_size: String,
@@ -256,17 +255,13 @@ impl Thin {
         let how = ["--snapshot", "--setactivationskip", "n", "--permission", "r"];
         let quiet = ["--yes", "--autobackup", "n"];
         lvm.lvcreate.run(&[&quiet[..], &how, &named].concat())?;
-        let own = format!("{group}/{own}");
-        let removal = Removal { lvm: Arc::clone(&lvm), name: own.clone() };
+        // A guest may be frozen: nobody is asked where it is (lvm(8), "LV path").
+        let path = PathBuf::from(format!("/dev/{group}/{own}"));
+        let removal = Removal { lvm, name: format!("{group}/{own}") };
         let mark = match (writer, identity) {
             (Writer::Guest, _) => None,
             (Writer::Nobody, identity) => marked(&host, identity)?,
         };
-        let select = format!("lv_full_name={own}");
-        let Some(snapshot) = lvm.select(&select)?.into_iter().next() else {
-            return Err(Error::new(Reason::SnapshotRefused, format!("the snapshot {own} is gone")));
-        };
-        let path = snapshot.lv_path;
         let held = hold(&host, std::slice::from_ref(&path), settings, &path)?;
         Ok(ThinSnapshot { held, pace, mark, _removal: removal })
     }
@@ -376,7 +371,7 @@ mod tests {
 
     fn pool(data: &str, metadata: &str) -> LogicalVolume {
         told(&format!(
-            r#"{{"vg_name":"vg0","lv_name":"pool","lv_path":"","segtype":"thin-pool",
+            r#"{{"vg_name":"vg0","lv_name":"pool","segtype":"thin-pool",
                 "pool_lv":"","lv_size":"10737418240","data_percent":"{data}",
                 "metadata_percent":"{metadata}"}}"#
         ))
@@ -385,7 +380,7 @@ mod tests {
     #[test]
     fn a_pool_that_could_get_full_is_told_with_its_numbers() {
         let volume = told(
-            r#"{"vg_name":"vg0","lv_name":"web","lv_path":"/dev/vg0/web","segtype":"thin",
+            r#"{"vg_name":"vg0","lv_name":"web","segtype":"thin",
                 "pool_lv":"pool","lv_size":"8589934592","data_percent":"50.00",
                 "metadata_percent":""}"#,
         );

@@ -142,6 +142,14 @@ pub fn uring_available() -> io::Result<Mode> {
 }
 
 impl HostVolumes {
+    /// Where a volume must lie that is named so.
+    fn allowed(&self, path: &Path, named: NamedBy) -> Arc<[PathBuf]> {
+        match named {
+            NamedBy::Request => Arc::clone(&self.allowed),
+            NamedBy::Instance => [path.to_owned()].into(),
+        }
+    }
+
     /// Opens `volume` on a thread of its own, by what is allowed.
     async fn open<V: Send + 'static>(
         &self,
@@ -199,11 +207,7 @@ impl Volumes for HostVolumes {
         path: &'a Path,
         named: NamedBy,
     ) -> BoxFuture<'a, Result<Box<dyn HeldVolume>>> {
-        let asked = path.to_owned();
-        let allowed = match named {
-            NamedBy::Request => Arc::clone(&self.allowed),
-            NamedBy::Instance => [path.to_owned()].into(),
-        };
+        let (asked, allowed) = (path.to_owned(), self.allowed(path, named));
         Box::pin(async move {
             let held = self.open(path, &allowed, move |host, allowed, settings| {
                 let held = hold(host, allowed, settings, &asked)?;
@@ -231,11 +235,13 @@ impl Volumes for HostVolumes {
     fn host_snapshot<'a>(
         &'a self,
         path: &'a Path,
+        named: NamedBy,
         writer: Writer,
         pace: Pace,
     ) -> BoxFuture<'a, Result<Offer>> {
-        let (asked, openings, lvm) = (path.to_owned(), self.openings.clone(), self.lvm.clone());
-        Box::pin(self.open(path, &self.allowed, move |host, allowed, settings| {
+        let (asked, allowed) = (path.to_owned(), self.allowed(path, named));
+        let (openings, lvm) = (self.openings.clone(), self.lvm.clone());
+        let offer = move |host: &Host, allowed: &[PathBuf], settings| {
             let wanted = Wanted { writer, pace, settings };
             let named = Named::look_up(&asked, allowed, Purpose::ReadBesideGuest)?;
             let is_file = matches!(named.identity, Identity::File { .. });
@@ -250,7 +256,8 @@ impl Volumes for HostVolumes {
                 },
                 (false, None) => Offer::Nothing("it is a device, and LVM cannot be used".into()),
             })
-        }))
+        };
+        Box::pin(async move { self.open(path, &allowed, offer).await })
     }
 
     fn sweep(&self) -> BoxFuture<'_, Result<usize>> {

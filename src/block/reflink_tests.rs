@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     model::image::SnapshotKind,
-    port::{HeldVolume, HostSnapshot, Offer, Pace, Volumes, Writer},
+    port::{HeldVolume, HostSnapshot, NamedBy, Offer, Pace, Volumes, Writer},
     sys::aligned::AlignedBuf,
 };
 
@@ -64,7 +64,8 @@ impl Drop for Mounted {
 fn offered(dir: &Path, volume: &Path, writer: Writer) -> Result<Box<dyn HostSnapshot>, String> {
     let volumes = HostVolumes::new(vec![dir.to_owned()], ReaderSettings::default());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
-    let offer = runtime.block_on(volumes.host_snapshot(volume, writer, Pace::default()));
+    let offer =
+        runtime.block_on(volumes.host_snapshot(volume, NamedBy::Request, writer, Pace::default()));
     match offer.unwrap() {
         Offer::Snapshot(snapshot) => Ok(snapshot),
         Offer::Nothing(why) => Err(why),

@@ -159,7 +159,7 @@ impl Capture {
         stop: &CancellationToken,
     ) -> Result<Begun> {
         let (volume, live) = match found {
-            Found::AtRest(held) => (free(work, held, tracker).await, None),
+            Found::AtRest(held, named) => (free(work, (held, named), tracker).await, None),
             Found::Running { prepared, pace, why } => {
                 if let Some(why) = why {
                     tracker.log(format!("the host takes no snapshot of the volume: {why}"));

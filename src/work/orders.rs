@@ -294,7 +294,7 @@ impl Work {
         let task = async {
             let volume = &instance.boot_volume;
             let found = self.preflight(Some(&instance), volume, mode, Arc::default()).await?;
-            if let preflight::Found::AtRest(_) = found {
+            if let preflight::Found::AtRest(..) = found {
                 return Err(rehearse::at_rest(&instance));
             }
             drop(found);

@@ -18,7 +18,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) enum Found {
     /// Nothing uses it, and nothing can while this is held.
-    AtRest(Box<dyn HeldVolume>),
+    AtRest(Box<dyn HeldVolume>, NamedBy),
     /// Its instance runs, and a snapshot can be taken.
     Running {
         prepared: Box<dyn Prepared>,
@@ -33,18 +33,18 @@ pub(super) enum Found {
 /// started while it is imaged. Where the host has none, the volume itself.
 pub(super) async fn free(
     work: &Work,
-    held: Box<dyn HeldVolume>,
+    (held, named): (Box<dyn HeldVolume>, NamedBy),
     tracker: &Tracker,
 ) -> Box<dyn HeldVolume> {
     let (path, mark) = (held.facts().path.clone(), held.mark());
     let taken = async {
         let volumes = &work.0.ports.volumes;
-        match volumes.host_snapshot(&path, Writer::Nobody, Pace::default()).await {
+        match volumes.host_snapshot(&path, named, Writer::Nobody, Pace::default()).await {
             Ok(Offer::Nothing(why)) => Err(why),
             Err(error) => Err(error.to_string()),
             Ok(Offer::Snapshot(snapshot)) => match snapshot.take().await {
                 // Of another file that was put in its place.
-                Ok(taken) if taken.mark() != mark => Err("it was exchanged".into()),
+                Ok(taken) if taken.mark() != mark => Err("it was written to, or exchanged".into()),
                 taken => taken.map_err(|error| error.to_string()),
             },
         }
@@ -102,7 +102,7 @@ impl Work {
             _ => error,
         })?;
         self.check_size(held.facts().size, volume)?;
-        Ok(Found::AtRest(held))
+        Ok(Found::AtRest(held, named))
     }
 
     /// The snapshot that the host can take beside a guest, or why it cannot.
@@ -112,7 +112,7 @@ impl Work {
         pace: &Pace,
     ) -> (Option<Box<dyn HostSnapshot>>, Option<String>) {
         let volumes = &self.0.ports.volumes;
-        match volumes.host_snapshot(volume, Writer::Guest, pace.clone()).await {
+        match volumes.host_snapshot(volume, NamedBy::Instance, Writer::Guest, pace.clone()).await {
             Ok(Offer::Snapshot(snapshot)) => (Some(snapshot), None),
             Ok(Offer::Nothing(why)) => (None, Some(why)),
             Err(error) => (None, Some(error.to_string())),

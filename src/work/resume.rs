@@ -113,7 +113,7 @@ impl Interrupted {
                          retry token",
                     ));
                 }
-                Ok((free(work, held, tracker).await, None))
+                Ok((free(work, (held, named), tracker).await, None))
             }
             (source, Some(undo)) => {
                 let snapshot = ports.hypervisor.regain(undo, source, tracker.recorder()).await?;

@@ -33,7 +33,8 @@ impl Libvirt {
         Self::start_in(tempfile::tempdir().unwrap(), name)
     }
 
-    fn start_in(dir: tempfile::TempDir, name: &str) -> Self {
+    /// The same with all that belongs to it in `dir`.
+    pub fn start_in(dir: tempfile::TempDir, name: &str) -> Self {
         let log = fs::File::create(dir.path().join("log.txt")).unwrap();
         let mut process = Command::new("tests/lab/libvirt.sh")
             .arg(dir.path())
@@ -94,12 +95,12 @@ impl Libvirt {
     pub fn boot(&self) {
         let guest = PathBuf::from(run("tests/lab/guest.sh", &[]).trim());
         let original = guest.join("disk.raw").display().to_string();
-        run("cp", &["--sparse=always", &original, self.disk().to_str().unwrap()]);
+        run("qemu-img", &["convert", "-O", "raw", &original, self.disk().to_str().unwrap()]);
         let xml = format!(
             "<domain type='qemu'><name>{name}</name><uuid>{UUID}</uuid>\
              <metadata><i:instance xmlns:i='urn:imaged:instance:1'>\
              <i:compartment>prod</i:compartment><i:shape>VM.Standard2.1</i:shape>\
-             <i:shutdown_seconds>12</i:shutdown_seconds></i:instance></metadata>\
+             <i:shutdown_seconds>8</i:shutdown_seconds></i:instance></metadata>\
              <memory unit='MiB'>768</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{guest}/vmlinuz</kernel>\
              <initrd>{guest}/initrd.img</initrd>\

@@ -56,6 +56,7 @@ impl Volumes for NoVolumes {
     fn host_snapshot<'a>(
         &'a self,
         path: &'a Path,
+        _: NamedBy,
         _: Writer,
         _: Pace,
     ) -> BoxFuture<'a, Result<Offer>> {

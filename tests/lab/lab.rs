@@ -314,7 +314,12 @@ impl Guest {
 
     /// Boots it from a raw disk in `dir`.
     pub fn boot_in(dir: &Path) -> Self {
-        Self::boot_from(tempfile::tempdir_in(dir).unwrap(), "raw", &[])
+        Self::boot_at(tempfile::tempdir_in(dir).unwrap())
+    }
+
+    /// Boots it from a raw disk, with all that belongs to it in `dir`.
+    pub fn boot_at(dir: tempfile::TempDir) -> Self {
+        Self::boot_from(dir, "raw", &[])
     }
 
     fn boot_from(dir: tempfile::TempDir, format: &str, more: &[&str]) -> Self {
