@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 
 use crate::{
     ROUNDS, cold,
-    lab::{self, Config, Daemon, Guest, Monitor, Mount, run, wait_for},
+    freeze::{capture, delete, guests_part},
+    lab::{self, Config, Daemon, Guest, Monitor, run, wait_for},
     report::{Report, median},
 };
 
@@ -71,31 +72,6 @@ pub fn running(report: &mut Report) {
     }
 }
 
-/// The freeze of a guest whose file is cloned within it, on XFS.
-pub fn cloned(report: &mut Report) {
-    let name = "freeze-window-ms-reflink";
-    if !report.wants(name) {
-        return;
-    }
-    let mount = Mount::new("xfs", 6 << 30);
-    let guest = Guest::boot_in(mount.at.path());
-    let daemon = Daemon::start(&Config {
-        instances: vec![("web-1".into(), guest.instance())],
-        ..Config::default()
-    });
-    let (mut windows, mut own) = (vec![], vec![]);
-    for _ in 0..ROUNDS {
-        let image = capture(&daemon);
-        assert_eq!(image["snapshot"], "REFLINK");
-        windows.push(image["point-in-time"]["window-micros"].as_f64().unwrap() / 1e3);
-        let frozen = own_part(&daemon, image["id"].as_str().unwrap());
-        own.push(windows.last().unwrap() - frozen / 1e3);
-        delete(&daemon, &image);
-    }
-    report.value(name, median(&windows), "ms, order to freeze until thawed");
-    report.value("freeze-window-own-ms-reflink", median(&own), "ms of it, without the guest's own");
-}
-
 /// With default settings.
 fn cost(guest: &Guest, daemon: &Daemon, report: &mut Report) {
     guest.sh(&format!("cat > /run/probe.pl <<'END'\n{PROBE}\nEND"));
@@ -109,10 +85,10 @@ fn cost(guest: &Guest, daemon: &Daemon, report: &mut Report) {
     for _ in 0..ROUNDS {
         let alone = watched(guest, || thread::sleep(WATCH));
         let mut image = Value::Null;
-        let imaged = watched(guest, || image = capture(daemon));
+        let imaged = watched(guest, || image = capture(daemon, &[]));
         let burner = watched(guest, burn);
         let point = &image["point-in-time"];
-        let frozen = own_part(daemon, image["id"].as_str().unwrap());
+        let frozen = guests_part(&|args| daemon.json(args), image["id"].as_str().unwrap());
         windows.push(point["window-micros"].as_f64().unwrap() / 1e3);
         own.push(windows.last().unwrap() - frozen / 1e3);
         gaps.push(imaged.gap - alone.gap);
@@ -171,31 +147,6 @@ fn burn() {
     Command::new("chrt").args(burnt).status().unwrap();
 }
 
-fn capture(daemon: &Daemon) -> Value {
-    let create = ["image", "create", "--instance-id", "web-1", "--wait-for-state", "AVAILABLE"];
-    daemon.json(&create)["data"].clone()
-}
-
-fn delete(daemon: &Daemon, image: &Value) {
-    let id = image["id"].as_str().unwrap();
-    assert!(daemon.imagectl(&["image", "delete", "--force", "--image-id", id]).status.success());
-}
-
-/// Microseconds that the guest took to freeze and to thaw: from the orders to
-/// the agent's answers.
-fn own_part(daemon: &Daemon, image: &str) -> f64 {
-    let requests = daemon.json(&["work-request", "list", "--resource-id", image]);
-    let id = requests["data"][0]["id"].as_str().unwrap().to_owned();
-    let trace = daemon.json(&["work-request", "get", "--trace", "--work-request-id", &id]);
-    let entries = trace["data"]["entries"].as_array().unwrap().clone();
-    let at = |kind: &str, name: &str| {
-        let is_it = |entry: &&Value| entry["kind"] == kind && entry["name"] == name;
-        entries.iter().find(is_it).unwrap()["at-micros"].as_f64().unwrap()
-    };
-    let took = |name: &str| at("ANSWER", name) - at("COMMAND", name);
-    took("guest-fsfreeze-freeze") + took("guest-fsfreeze-thaw")
-}
-
 /// Against QEMU's own backup job to a qcow2 of the same compression.
 fn speed(guest: &Guest, daemon: &Daemon, dir: &std::path::Path, report: &mut Report) {
     let target = dir.join("peer.qcow2");
@@ -203,7 +154,7 @@ fn speed(guest: &Guest, daemon: &Daemon, dir: &std::path::Path, report: &mut Rep
     for round in 0..=ROUNDS {
         cold();
         let begun = Instant::now();
-        let image = capture(daemon);
+        let image = capture(daemon, &[]);
         let our_seconds = begun.elapsed().as_secs_f64();
         let object = dir.join("store/images").join(image["id"].as_str().unwrap());
         run("qemu-img", &["check", "-q", object.join("image.qcow2").to_str().unwrap()]);

@@ -13,9 +13,15 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, reason = "figures")]
 
+mod downtime;
+mod freeze;
 mod guest;
 #[path = "../lab/lab.rs"]
 mod lab;
+#[path = "../lab/host.rs"]
+mod lab_host;
+#[path = "../lab/libvirt.rs"]
+mod lab_libvirt;
 mod memory;
 #[path = "../lab/oci/mod.rs"]
 mod oci_server;
@@ -51,7 +57,8 @@ fn main() {
     stores::oci(&volumes, &mut report);
     restore::s3(&volumes, &mut report);
     guest::running(&mut report);
-    guest::cloned(&mut report);
+    freeze::windows(&mut report);
+    downtime::stopped(&mut report);
     reader::read_limit(&volumes, &mut report);
     memory::resident_sets(&mut report);
     memory::resident_set_of_an_upload(&mut report);

@@ -10,6 +10,8 @@ mod api;
 mod imports;
 #[path = "../lab/lab.rs"]
 mod lab;
+#[path = "../lab/host.rs"]
+mod lab_host;
 #[path = "../lab/oci/mod.rs"]
 mod oci_server;
 #[path = "../lab/proxy.rs"]
