@@ -42,7 +42,7 @@ fn cloned(report: &mut Report) {
 
 /// Of a domain, of which libvirt begins a backup.
 fn of_libvirt(report: &mut Report) {
-    let libvirt = Libvirt::start();
+    let libvirt = Libvirt::start("web-1");
     libvirt.boot();
     let daemon = Daemon::start(&libvirt.config());
     let image = || capture(&daemon, &[]);

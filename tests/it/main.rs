@@ -12,6 +12,8 @@ mod imports;
 mod lab;
 #[path = "../lab/host.rs"]
 mod lab_host;
+#[path = "../lab/libvirt.rs"]
+mod lab_libvirt;
 #[path = "../lab/oci/mod.rs"]
 mod oci_server;
 #[path = "../lab/proxy.rs"]

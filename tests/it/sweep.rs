@@ -19,7 +19,8 @@ use serde_json::Value;
 
 use crate::{
     lab::{Config, Daemon, Guest, Monitor, Mount, wait_for},
-    libvirt::Libvirt,
+    lab_libvirt::Libvirt,
+    libvirt,
     live::{assert_nothing_left, assert_prefix, config, object, records, start_writer},
     s3::volume,
     weed::Weed,
@@ -169,7 +170,7 @@ impl Machine {
     fn start_writer(&self) {
         match self {
             Self::Qemu { guest, .. } => start_writer(guest),
-            Self::Domain { libvirt, .. } => libvirt.start_writer(),
+            Self::Domain { libvirt, .. } => libvirt::start_writer(libvirt),
         }
     }
 
