@@ -2,8 +2,8 @@
 //!
 //! Names that begin with `root_` need root, loop devices and mounts; they are
 //! ignored by a bare `cargo test` and run by `make test`. So are those that
-//! begin with `qemu_`, which need QEMU, and with `host_`, which run imaged in a
-//! guest that plays the host.
+//! begin with `qemu_`, which need QEMU, with `libvirt_`, which need libvirt, and
+//! with `host_`, which run imaged in a guest that plays the host.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod api;
