@@ -106,7 +106,7 @@ fn libvirt_domain_is_shut_down_for_its_image_unless_libvirt_would_forget_it() {
     assert_eq!(image["point-in-time"]["stopped"], true);
     // Without a replay: the filesystem was unmounted.
     assert_prefix(&records(&object(&daemon, &image), false));
-    libvirt.wait_agent();
+    libvirt.wait_new_agent();
     assert_ne!(libvirt.boot_id(), before, "it was not shut down");
     start_writer(&libvirt);
     libvirt.assert_it_writes();

@@ -163,7 +163,7 @@ impl Machine {
     fn wait_agent(&self) {
         match self {
             Self::Qemu { guest, .. } => drop(guest.vm("wait-agent", &[])),
-            Self::Domain { libvirt, .. } => libvirt.wait_agent(),
+            Self::Domain { libvirt, .. } => libvirt.wait_new_agent(),
         }
     }
 

@@ -5,7 +5,8 @@ use std::{
     fs,
     path::PathBuf,
     process::{Child, ChildStdin, Command, Stdio},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
@@ -126,6 +127,22 @@ impl Libvirt {
         self.sh("cat /proc/sys/kernel/random/boot_id")
     }
 
+    /// The same of a guest that was started anew during a backup. libvirt 9.0
+    /// gives up on the news of its agent after 30 seconds, and asks again when
+    /// it is restarted itself.
+    pub fn wait_new_agent(&self) {
+        let ping = json!({ "execute": "guest-ping" });
+        let begun = Instant::now();
+        while self.try_agent(&ping).is_none() {
+            if begun.elapsed() > Duration::from_secs(60) {
+                self.restart();
+                return self.wait_agent();
+            }
+            thread::sleep(Duration::from_millis(500));
+        }
+    }
+
+    /// Until the agent answers.
     pub fn wait_agent(&self) {
         wait_for("the agent to answer", Duration::from_secs(180), || {
             self.try_agent(&json!({ "execute": "guest-ping" }))
