@@ -109,7 +109,7 @@ pub fn assert_prefix(records: &[String]) {
 
 /// Of each mode; `make soak` takes more.
 fn captures() -> u32 {
-    env::var("IMAGED_TEST_CAPTURES").map_or(3, |count| count.parse().unwrap())
+    env::var("IMAGED_TEST_CAPTURES").map_or(2, |count| count.parse().unwrap())
 }
 
 #[test]

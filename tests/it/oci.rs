@@ -346,7 +346,7 @@ fn root_oci_an_interrupted_capture_that_is_cancelled_in_the_queue_leaves_nothing
 
 /// Uploads under faults.
 fn uploads() -> u64 {
-    std::env::var("IMAGED_TEST_UPLOADS").map_or(20, |count| count.parse().unwrap())
+    std::env::var("IMAGED_TEST_UPLOADS").map_or(8, |count| count.parse().unwrap())
 }
 
 #[test]

@@ -63,7 +63,7 @@ fn root_s3_an_image_goes_there_is_read_back_and_deleted() {
 
 /// Uploads under faults: 200 is what `make soak` does.
 fn uploads() -> u64 {
-    std::env::var("IMAGED_TEST_UPLOADS").map_or(12, |count| count.parse().unwrap())
+    std::env::var("IMAGED_TEST_UPLOADS").map_or(8, |count| count.parse().unwrap())
 }
 
 #[test]

@@ -500,18 +500,13 @@ fn qemu_sweep_a_capture_is_killed_at_every_step() {
 #[test]
 #[ignore = "needs root, QEMU and minutes"]
 fn qemu_sweep_a_recovery_is_killed_at_every_step() {
-    let mut sweep = Sweep::new((Kind::Qemu, Mode::Freeze), Store::Directory);
+    let sweep = Sweep::new((Kind::Qemu, Mode::Freeze), Store::Directory);
     // Everything is there by then, and the guest is frozen.
     let killed = "before guest-fsfreeze-thaw 1";
     let steps = sweep.steps(Some(killed));
     assert!(steps.iter().any(|step| step.contains("qom-set")), "{steps:?}");
     each(&steps, |step| sweep.kill_twice(killed, step));
     sweep.end();
-    // A guest that is shut down without a snapshot of the host's.
-    sweep.mode = Mode::Stop;
-    let steps = own_steps(&sweep, &["qom-set", "system_reset"]);
-    let steps = steps.into_iter().filter(|step| step.ends_with(" 1"));
-    each(&steps.collect::<Vec<_>>(), |step| sweep.kill_at(step));
 }
 
 #[test]
@@ -586,12 +581,12 @@ fn libvirt_sweep_a_stopped_domain_is_killed_at_every_step() {
 fn qemu_sweep_random_kills() {
     let count = env::var("IMAGED_TEST_SWEEPS").map_or(1, |count| count.parse::<u64>().unwrap());
     let first = env::var("IMAGED_TEST_SEED").ok().map(|seed| seed.parse::<u64>().unwrap());
-    let first = first.unwrap_or_else(|| u64::from(std::process::id()) << 20);
-    // The product, in turns.
+    // The product, in turns; the first is the quickest.
     let product: Vec<_> = MODES
         .into_iter()
         .flat_map(|mode| [(mode, Store::Directory), (mode, Store::Bucket)])
         .collect();
+    let first = first.unwrap_or_else(|| u64::from(std::process::id()) * product.len() as u64);
     let mut violations = Vec::new();
     let mut done = 0;
     for (turn, (mode, store)) in product.iter().enumerate() {
