@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Nobody shuts down that slowly here, so that a wait in vain is short.
-const SHUTDOWN_SECONDS: u64 = 8;
+const SHUTDOWN_SECONDS: u64 = 12;
 
 /// How images are made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -97,7 +97,7 @@ impl Libvirt {
             "<domain type='qemu'><name>{name}</name><uuid>{UUID}</uuid>\
              <metadata><i:instance xmlns:i='urn:imaged:instance:1'>\
              <i:compartment>prod</i:compartment><i:shape>VM.Standard2.1</i:shape>\
-             <i:shutdown_seconds>8</i:shutdown_seconds></i:instance></metadata>\
+             <i:shutdown_seconds>20</i:shutdown_seconds></i:instance></metadata>\
              <memory unit='MiB'>768</memory><vcpu>1</vcpu>\
              <os><type arch='x86_64' machine='q35'>hvm</type><kernel>{guest}/vmlinuz</kernel>\
              <initrd>{guest}/initrd.img</initrd>\
