@@ -274,7 +274,8 @@ impl Sweep {
     /// that was killed at the step `killed`.
     fn steps(&self, killed: Option<&str>) -> Vec<String> {
         if let Some(step) = killed {
-            assert!(self.dies_at(step), "{step} was not reached");
+            let log = || fs::read_to_string(self.dir.path().join("log")).unwrap_or_default();
+            assert!(self.dies_at(step), "{step} was not reached: {}", log());
         }
         let file = self.dir.path().join("steps");
         let _ = fs::remove_file(&file);
