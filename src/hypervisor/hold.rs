@@ -114,6 +114,20 @@ impl<S: Stopper> Hold<S> {
     }
 }
 
+/// Why a guest that did not shut down is not imaged; `place` is where its
+/// `shutdown_seconds` stand.
+pub(super) fn still_there(instance: &str, limit: Duration, place: &str) -> Error {
+    let context = format!(
+        "instance {instance:?} did not shut down within {} s of its agent's order or its power \
+         button",
+        limit.as_secs()
+    );
+    Error::new(Reason::ShutdownRefused, context).advice(format!(
+        "it goes on running, unless it is still about to shut down: look; give it more time \
+         (`shutdown_seconds` in its {place}), or ask with --force-stop for what a pulled plug leaves"
+    ))
+}
+
 /// A point in time that no freeze protects.
 fn unfrozen(window: Duration) -> PointInTime {
     PointInTime {

@@ -2,8 +2,9 @@
 //! guest is frozen or shut down, whoever runs it.
 //!
 //! QEMU has no part in it: what its guest wrote is in the file by then, or in
-//! the page cache above it, which is part of the file. Without a freeze it is what a pulled plug leaves: the host takes
-//! it between two writes, for those that are on their way.
+//! the page cache above it, which is part of the file. Without a freeze it is
+//! what a pulled plug leaves: the host takes it between two writes, for those
+//! that are on their way.
 
 use std::{
     fmt,

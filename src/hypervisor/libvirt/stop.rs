@@ -106,16 +106,7 @@ impl Stopper {
             let _ = line.tell("pull a domain's plug", "destroy", &[], within(START)).await?;
             return Ok(Consistency::Crash);
         }
-        let context = format!(
-            "instance {:?} did not shut down within {} s of its agent's order or its power button",
-            self.name,
-            self.limit.as_secs()
-        );
-        Err(Error::new(Reason::ShutdownRefused, context).advice(
-            "it goes on running, unless it is still about to shut down: look; give it more time \
-             (`shutdown_seconds` in its metadata), or ask with --force-stop for what a pulled plug \
-             leaves",
-        ))
+        Err(hold::still_there(&self.name, self.limit, "metadata"))
     }
 
     /// Waits until the domain is shut off; `false`: its time is over.

@@ -101,16 +101,7 @@ impl Stopper {
             execute(qmp, Command::stop()).await?;
             return Ok(Consistency::Crash);
         }
-        let context = format!(
-            "instance {:?} did not shut down within {} s of its agent's order or its power button",
-            self.name,
-            self.limit.as_secs()
-        );
-        Err(Error::new(Reason::ShutdownRefused, context).advice(
-            "it goes on running, unless it is still about to shut down: look; give it more time \
-             (`shutdown_seconds` in its file), or ask with --force-stop for what a pulled plug \
-             leaves",
-        ))
+        Err(hold::still_there(&self.name, self.limit, "file"))
     }
 
     /// An agent that says that it does not.
