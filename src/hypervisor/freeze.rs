@@ -118,8 +118,8 @@ impl Freezer {
         let nothing = matches!(&frozen, Err(error) if nothing_frozen(error));
         let thawed = if nothing { Ok(0) } else { thaw(&self.agent, recorder).await };
         let window = begun.elapsed();
-        if let Some(fuse) = fuse {
-            self.disarm(fuse, recorder).await;
+        if fuse.is_some() {
+            disarm(&self.agent, recorder).await;
         }
         let filesystems = frozen?;
         let work = worked?;
@@ -151,13 +151,14 @@ impl Freezer {
             }
         }
     }
+}
 
-    /// Whether it blew is seen by the counts; here it is only ended.
-    async fn disarm(&self, fuse: GuestProcess, recorder: &Recorder) {
-        let disarm = GuestProgram::DisarmFuse { process: fuse };
-        if let Err(error) = self.agent.start(disarm, within(COMMAND)).await {
-            recorder.note(format!("the fuse is left to burn down: {error}"));
-        }
+/// Ends the guest's fuses, also those that a dead imaged has left: one that
+/// blows later would thaw the next freeze. Whether one blew is seen by the
+/// counts.
+pub(super) async fn disarm(agent: &Agent, recorder: &Recorder) {
+    if let Err(error) = agent.start(GuestProgram::DisarmFuses, within(COMMAND)).await {
+        recorder.note(format!("a fuse is left to burn down, if there is one: {error}"));
     }
 }
 

@@ -302,7 +302,7 @@ async fn qemu_guest_freezes_thaws_and_blows_its_fuse() {
     let fuse = GuestProgram::ThawFuse { after_seconds: seconds(100) };
     let process = agent.start(fuse, later()).await.unwrap();
     assert!(!agent.status(process, later()).await.unwrap().exited);
-    let disarm = agent.start(GuestProgram::DisarmFuse { process }, later()).await.unwrap();
+    let disarm = agent.start(GuestProgram::DisarmFuses, later()).await.unwrap();
     assert_eq!(ended(&agent, disarm).await, Some(0));
     assert_eq!(ended(&agent, process).await, Some(0));
 

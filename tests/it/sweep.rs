@@ -337,6 +337,10 @@ impl Sweep {
         if let Some(machine) = &self.machine {
             self.is_well(machine);
             machine.assert_nothing_left();
+            if self.mode == Mode::Freeze {
+                let fuses = "grep -ls 'imaged-thaw-fus[e]' /proc/[0-9]*/cmdline || true";
+                assert_eq!(machine.sh(fuses), "", "a fuse is left");
+            }
         }
         wait_for("the guards to end", Duration::from_secs(5), || {
             (guards(&self.name()) == 0).then_some(())

@@ -175,7 +175,7 @@ pub(super) mod tests {
             Call::FsfreezeFreeze,
             Call::FsfreezeThaw,
             Call::Exec(GuestProgram::ThawFuse { after_seconds }),
-            Call::Exec(GuestProgram::DisarmFuse { process: GuestProcess(42) }),
+            Call::Exec(GuestProgram::DisarmFuses),
             Call::ExecStatus { pid: GuestProcess(42) },
             Call::Shutdown { mode: ShutdownMode::Powerdown },
         ]
@@ -198,7 +198,7 @@ pub(super) mod tests {
         {"execute":"guest-fsfreeze-freeze"}
         {"execute":"guest-fsfreeze-thaw"}
         {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","\ntrap 'kill \"$!\"; exit 0' TERM\nsleep \"$1\" & wait \"$!\"\nblew=0\nwhile read -r device mount rest; do\n    fsfreeze --unfreeze \"$(printf %b \"$mount\")\" 2>/dev/null && blew=10\ndone </proc/self/mounts\nexit \"$blew\"\n","imaged-thaw-fuse","30"],"capture-output":false}}
-        {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","\ngrep -qs imaged-thaw-fuse \"/proc/$1/cmdline\" && kill -s TERM \"$1\"\n","imaged-disarm","42"],"capture-output":false}}
+        {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","\nfuses=$(grep -ls 'imaged-thaw-fus[e]' /proc/[0-9]*/cmdline) || exit 1\nfor fuse in $fuses; do\n    fuse=${fuse%/cmdline}\n    kill -s TERM \"${fuse#/proc/}\"\ndone\n","imaged-disarm"],"capture-output":false}}
         {"execute":"guest-exec-status","arguments":{"pid":42}}
         {"execute":"guest-shutdown","arguments":{"mode":"powerdown"}}
         "#);
@@ -222,7 +222,7 @@ pub(super) mod tests {
         insta::assert_snapshot!(recorded.join("\n"), @r#"
         {"id":7}
         {"after-seconds":30,"program":"thaw-fuse"}
-        {"process":42,"program":"disarm-fuse"}
+        {"program":"disarm-fuses"}
         {"pid":42}
         {"mode":"powerdown"}
         "#);

@@ -21,10 +21,14 @@ done </proc/self/mounts
 exit "$blew"
 "#;
 
-/// Ends a fuse. The number may be another process's by now, so its arguments
-/// are looked at first.
+/// Ends every fuse that there is, also those of an imaged that died. The
+/// pattern does not find itself.
 const DISARM: &str = r#"
-grep -qs imaged-thaw-fuse "/proc/$1/cmdline" && kill -s TERM "$1"
+fuses=$(grep -ls 'imaged-thaw-fus[e]' /proc/[0-9]*/cmdline) || exit 1
+for fuse in $fuses; do
+    fuse=${fuse%/cmdline}
+    kill -s TERM "${fuse#/proc/}"
+done
 "#;
 
 /// A program that imaged can start in a guest.
@@ -37,11 +41,8 @@ pub enum GuestProgram {
         /// From when it starts.
         after_seconds: NonZeroU32,
     },
-    /// Linux: ends a fuse before it blows. Exit status 1: it was not there.
-    DisarmFuse {
-        /// The fuse.
-        process: GuestProcess,
-    },
+    /// Linux: ends all fuses before they blow. Exit status 1: there was none.
+    DisarmFuses,
 }
 
 /// A process that the agent has started in the guest.
@@ -58,19 +59,21 @@ impl GuestProgram {
     }
 
     pub(super) fn arguments(&self) -> Vec<String> {
-        let (script, name, argument) = match self {
+        let words = |script: &str, name: &str| vec!["-c".into(), script.into(), name.into()];
+        match self {
             Self::ThawFuse { after_seconds } => {
-                (THAW_FUSE, "imaged-thaw-fuse", after_seconds.to_string())
+                let mut words = words(THAW_FUSE, "imaged-thaw-fuse");
+                words.push(after_seconds.to_string());
+                words
             }
-            Self::DisarmFuse { process } => (DISARM, "imaged-disarm", process.0.to_string()),
-        };
-        vec!["-c".into(), script.into(), name.into(), argument]
+            Self::DisarmFuses => words(DISARM, "imaged-disarm"),
+        }
     }
 
     pub(super) const fn name(&self) -> &'static str {
         match self {
             Self::ThawFuse { .. } => "the fuse that thaws",
-            Self::DisarmFuse { .. } => "the end of the fuse",
+            Self::DisarmFuses => "the end of its fuses",
         }
     }
 }

@@ -56,6 +56,7 @@ pub(super) async fn let_go(line: &Line, undo: &Undo, run: &Run) -> Result<()> {
         if count > 0 {
             tracing::warn!(instance = undo.instance, count, "thawed a guest that was left frozen");
         }
+        freeze::disarm(&agent, &line.recorder).await;
     }
     match undo.held.stopped {
         Some(seconds) => start_again(line, undo, run, seconds).await,

@@ -90,6 +90,7 @@ async fn thaw(instance: &str, sockets: &Sockets, recorder: &Arc<Recorder>) -> Re
         let count = freeze::thaw(&agent, recorder).await?;
         tracing::warn!(instance, count, "thawed a guest that was left frozen");
     }
+    freeze::disarm(&agent, recorder).await;
     Ok(())
 }
 
