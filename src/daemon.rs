@@ -30,7 +30,7 @@ use crate::{
     error::{Context, Error, Reason, Result},
     journal::Journal,
     model::{host::Feature, instance::Instance, work_request::Rates},
-    port::{Clock, Hypervisor, Inspector, ObjectStore, Outlets, Volumes},
+    port::{Clock, Hypervisor, Inspector, ObjectStore, Outlets, Vault, Volumes},
     rpc::{self, HostFacts, StoreState},
     steps,
     work::{Burden, Ports, Settings, Work},
@@ -57,6 +57,8 @@ pub struct Parts {
     pub outlets: Arc<dyn Outlets>,
     /// What looks into images.
     pub inspector: Arc<dyn Inspector>,
+    /// What keeps the iSCSI of guests.
+    pub vault: Arc<dyn Vault>,
     /// What the parts found on this host.
     pub features: Vec<Feature>,
     /// What a host may well be without: nobody is warned of that.
@@ -113,6 +115,7 @@ where
         outlets: parts.outlets,
         inspector: parts.inspector,
         journal: Arc::new(journal),
+        vault: parts.vault,
     };
     let settings = Settings {
         instances,

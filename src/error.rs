@@ -166,6 +166,10 @@ reasons! {
     GuestAgentRefused = "GUEST_AGENT_REFUSED": Guest,
     /// The guest's administrator disabled it, or its agent is too old for it.
     GuestAgentDisabled = "GUEST_AGENT_DISABLED": Guest,
+    /// Something in the guest uses what is to be taken away.
+    GuestBusy = "GUEST_BUSY": Busy,
+    /// imaged cannot do this with such a guest.
+    GuestUnsupported = "GUEST_UNSUPPORTED": Unsupported,
     /// This QEMU is too old for it.
     HypervisorUnsupported = "HYPERVISOR_UNSUPPORTED": Unsupported,
     /// The instance runs, which this version cannot image.

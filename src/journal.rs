@@ -571,6 +571,7 @@ mod tests {
             requested_by: "uid 0 (root)".into(),
             retry: None,
             undo: None,
+            iscsi: None,
             rehearsal: None,
             resume: None,
             outgoing: None,

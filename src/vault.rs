@@ -33,7 +33,7 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What is missing where it does not work.
-const LACKING: &str = "without it a crash of imaged leaves its upload to a URL";
+const LACKING: &str = "without it a crash of imaged leaves its upload to a URL, and no guest is disconnected from iSCSI";
 
 /// A directory of files that this host alone can read.
 #[derive(Debug)]
@@ -60,7 +60,11 @@ impl SystemdVault {
             }
         };
         let (available, details) = match tried.await {
-            Ok(()) => (true, "what aborts an upload to a URL is kept by systemd-creds".into()),
+            Ok(()) => (
+                true,
+                "what aborts an upload to a URL, and the iSCSI of guests, is kept by systemd-creds"
+                    .into(),
+            ),
             Err(error) => {
                 let mut why = error.causes().fold(error.to_string(), |all, why| all + ": " + &why);
                 for more in error.advice_text().into_iter().chain([LACKING]) {

@@ -96,6 +96,35 @@ pub(super) enum InstanceVerb {
         #[arg(long, value_name = "ID")]
         instance_id: String,
     },
+    /// iSCSI attachments of an instance's guest.
+    #[command(subcommand)]
+    Iscsi(IscsiVerb),
+}
+
+#[derive(Debug, Subcommand)]
+pub(super) enum IscsiVerb {
+    /// List the targets that the guest of a running instance is logged in to
+    /// or has on record, with what lies on them. Nothing is changed.
+    List {
+        /// OCID or name of the instance.
+        #[arg(long, value_name = "ID")]
+        instance_id: String,
+    },
+    /// Unmount what lies on its iSCSI disks, log out of all targets and remove
+    /// all records, before an image is made. Nothing is taken that could not
+    /// be given back.
+    Disconnect(Box<IscsiOrder>),
+    /// Give the guest back what was taken: records, sessions and mounts.
+    Reconnect(Box<IscsiOrder>),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct IscsiOrder {
+    /// OCID or name of the instance.
+    #[arg(long, value_name = "ID")]
+    pub instance_id: String,
+    #[command(flatten)]
+    pub asking: Asking,
 }
 
 #[derive(Debug, Subcommand)]

@@ -54,6 +54,8 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let vault = SystemdVault::new(owner.state_dir.join("sealed"));
     let sealing = vault.feature().await;
     let outlets = Arc::new(ParOutlets::new(owner.name(), Arc::new(vault)));
+    // Each sweeps what it does not know.
+    let vault = Arc::new(SystemdVault::new(owner.state_dir.join("sealed-iscsi")));
     let stores = config.stores.into_iter().map(|(name, store)| owner.store(name, store, &clock));
     let workers = Workers::of_this_program();
     let (lvm, thin_snapshots) = lvm(owner.name()).await;
@@ -67,6 +69,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
         stores: stores.collect(),
         outlets,
         inspector: Arc::new(workers),
+        vault,
         features: vec![io_uring, confinement],
         optional: vec![thin_snapshots, sealing],
     })

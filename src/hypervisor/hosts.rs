@@ -9,10 +9,11 @@ use crate::{
     model::{
         host::Feature,
         instance::{Instance, Machine, PowerState},
+        iscsi::Iscsi,
         live::Undo,
         upload::ResumeSource,
     },
-    port::{BoxFuture, Hypervisor, LiveSnapshot, Prepared, SnapshotOrder},
+    port::{BoxFuture, Hypervisor, LiveSnapshot, Prepared, Secret, SnapshotOrder},
     recorder::Recorder,
 };
 
@@ -45,6 +46,36 @@ impl Hypervisor for Hosts {
 
     fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState> {
         self.of(&instance.machine).power_state(instance)
+    }
+
+    fn iscsi<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, Result<Iscsi>> {
+        self.of(&instance.machine).iscsi(instance)
+    }
+
+    fn keep_iscsi<'a>(
+        &'a self,
+        instance: &'a Instance,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<Option<Secret>>> {
+        self.of(&instance.machine).keep_iscsi(instance, recorder)
+    }
+
+    fn disconnect_iscsi<'a>(
+        &'a self,
+        machine: &'a Machine,
+        kept: &'a Secret,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<()>> {
+        self.of(machine).disconnect_iscsi(machine, kept, recorder)
+    }
+
+    fn reconnect_iscsi<'a>(
+        &'a self,
+        machine: &'a Machine,
+        kept: &'a Secret,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<()>> {
+        self.of(machine).reconnect_iscsi(machine, kept, recorder)
     }
 
     fn prepare<'a>(

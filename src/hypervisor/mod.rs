@@ -10,6 +10,7 @@
 //! hold      or the whole guest      ┘ for its point in time
 //! of_host   snapshots that the host takes
 //! live      snapshots of running instances, with all of these
+//! iscsi     what of iSCSI a guest has
 //! guard     lets guests go when imaged cannot
 //! keep      what of it may be recorded
 //! ```
@@ -20,6 +21,7 @@ mod freeze;
 pub mod guard;
 mod hold;
 mod hosts;
+pub mod iscsi;
 mod keep;
 mod libvirt;
 pub mod lines;

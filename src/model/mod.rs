@@ -7,6 +7,7 @@ pub mod host;
 pub mod ids;
 pub mod image;
 pub mod instance;
+pub mod iscsi;
 pub mod live;
 pub mod size;
 pub mod time;

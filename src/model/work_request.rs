@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     ByteSize, CompartmentId, Timestamp, WorkRequestId,
+    iscsi::IscsiUndo,
     live::{Rehearsal, Undo},
     upload::{Outgoing, Resume},
 };
@@ -45,6 +46,10 @@ pub struct WorkRequest {
     /// What is still to be done to its instance, also after its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub undo: Option<Undo>,
+    /// What gives its instance the iSCSI back that was taken, also after its
+    /// end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iscsi: Option<IscsiUndo>,
     /// What a rehearsal found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rehearsal: Option<Rehearsal>,
@@ -115,11 +120,18 @@ impl WorkRequest {
             requested_by,
             retry,
             undo: None,
+            iscsi: None,
             rehearsal: None,
             resume: None,
             outgoing: None,
             rates: Rates::default(),
         }
+    }
+
+    /// Whether anything is still to be undone of it, also after its end.
+    #[must_use]
+    pub const fn owes(&self) -> bool {
+        self.undo.is_some() || self.iscsi.is_some() || self.outgoing.is_some()
     }
 
     /// Ends it: with an error, or well.
@@ -167,6 +179,10 @@ pub enum Operation {
     ExportImage,
     /// Writes an image over a volume.
     RestoreVolume,
+    /// Takes all iSCSI from an instance's guest.
+    DisconnectIscsi,
+    /// Gives it back.
+    ReconnectIscsi,
 }
 
 /// OCI's status of a work request.
@@ -226,6 +242,10 @@ pub enum Phase {
     Export,
     /// Writes an image over a volume.
     Restore,
+    /// Takes iSCSI from a guest.
+    Disconnect,
+    /// Gives it back.
+    Reconnect,
     /// Over.
     Done,
 }
@@ -243,6 +263,8 @@ impl fmt::Display for Phase {
             Self::Verify => "verify",
             Self::Export => "export",
             Self::Restore => "restore",
+            Self::Disconnect => "disconnect",
+            Self::Reconnect => "reconnect",
             Self::Done => "done",
         })
     }

@@ -9,13 +9,14 @@ use std::{
     time::Duration,
 };
 
-use super::{BoxFuture, HeldVolume, HostSnapshot};
+use super::{BoxFuture, HeldVolume, HostSnapshot, Secret};
 use crate::{
     error::{Error, Result},
     model::{
         ByteSize,
         host::Feature,
-        instance::{Instance, PowerState},
+        instance::{Instance, Machine, PowerState},
+        iscsi::Iscsi,
         live::{LiveSource, Mode, PointInTime, Undo},
         upload::ResumeSource,
     },
@@ -40,6 +41,56 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// Whether `instance` runs. Never fails: what cannot be determined is
     /// [`PowerState::Unknown`]. Bounded to a few seconds.
     fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState>;
+
+    /// What of iSCSI the running `instance` has, as its guest says. Changes
+    /// nothing; bounded to some minutes.
+    ///
+    /// # Errors
+    ///
+    /// All that begin with `GUEST_`.
+    fn iscsi<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, Result<Iscsi>>;
+
+    /// What would give the guest of the running `instance` all of its iSCSI
+    /// back; `None`: it has nothing. Changes nothing.
+    ///
+    /// # Errors
+    ///
+    /// As [`iscsi`](Self::iscsi); `GUEST_UNSUPPORTED` for what imaged could
+    /// not give back.
+    fn keep_iscsi<'a>(
+        &'a self,
+        instance: &'a Instance,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<Option<Secret>>>;
+
+    /// Takes what was `kept` from the guest that `machine` runs: unmounts,
+    /// logs out, removes the records. After an error, or when this is
+    /// dropped, it is to be given back. Bounded to some minutes.
+    ///
+    /// # Errors
+    ///
+    /// As [`iscsi`](Self::iscsi); `GUEST_BUSY` for what is in use, with its
+    /// users.
+    fn disconnect_iscsi<'a>(
+        &'a self,
+        machine: &'a Machine,
+        kept: &'a Secret,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<()>>;
+
+    /// Gives back what was `kept`, however much of it was taken, also after a
+    /// reboot of the guest. Repeating it changes nothing. Bounded to some
+    /// minutes.
+    ///
+    /// # Errors
+    ///
+    /// As [`iscsi`](Self::iscsi): it is to be tried again.
+    fn reconnect_iscsi<'a>(
+        &'a self,
+        machine: &'a Machine,
+        kept: &'a Secret,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<()>>;
 
     /// Looks whether a snapshot of the running `instance` can be taken in
     /// this way, and changes nothing. What is said to it from here on is

@@ -1,10 +1,14 @@
 //! From the API's messages to the nouns, with every field checked, and back.
 
+mod iscsi;
+
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
     str::FromStr,
 };
+
+pub(super) use self::iscsi::iscsi;
 
 use prost_types::Timestamp as PbTimestamp;
 
@@ -20,8 +24,8 @@ use crate::{
     },
     pb,
     work::{
-        CreateImage, Destination, ExportImage, Over, RehearseImage, RestoreVolume, Secret, Source,
-        VerifyImage,
+        CreateImage, Destination, ExportImage, Guest, Over, RehearseImage, RestoreVolume, Secret,
+        Source, VerifyImage,
     },
 };
 
@@ -223,6 +227,12 @@ pub(super) fn restore_volume(
         retry_token: retry_token(request.retry_token)?,
         requested_by,
     })
+}
+
+/// What a request about a guest's iSCSI wants that `requested_by` sent.
+pub(super) fn guest(instance_id: String, token: String, requested_by: String) -> Result<Guest> {
+    text("instance_id", &instance_id, MAX_NAME)?;
+    Ok(Guest { instance: instance_id, retry_token: retry_token(token)?, requested_by })
 }
 
 /// What a request wants that `requested_by` sent.
@@ -498,6 +508,8 @@ impl From<WorkRequest> for pb::WorkRequest {
                 Operation::RehearseImage => OperationType::RehearseImage,
                 Operation::ExportImage => OperationType::ExportImage,
                 Operation::RestoreVolume => OperationType::RestoreVolume,
+                Operation::DisconnectIscsi => OperationType::DisconnectIscsi,
+                Operation::ReconnectIscsi => OperationType::ReconnectIscsi,
             }
             .into(),
             status: match request.status {

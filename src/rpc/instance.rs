@@ -3,7 +3,7 @@
 use futures_util::{StreamExt, stream};
 use tonic::{Request, Response, Status};
 
-use super::{convert, status};
+use super::{convert, peer::Peer, status, to_the_end};
 use crate::{
     pb::{self, instance_service_server::InstanceService},
     work::Work,
@@ -49,5 +49,38 @@ impl InstanceService for Instances {
         let instance = self.work.instance(wanted).await.map_err(status::from)?;
         let power = self.work.power_state(&instance).await;
         Ok(Response::new(convert::instance(&instance, power)))
+    }
+
+    async fn list_iscsi_attachments(
+        &self,
+        request: Request<pb::ListIscsiAttachmentsRequest>,
+    ) -> Result<Response<pb::ListIscsiAttachmentsResponse>, Status> {
+        let wanted = &request.get_ref().instance_id;
+        let iscsi = self.work.iscsi(wanted).await.map_err(status::from)?;
+        Ok(Response::new(convert::iscsi(iscsi)))
+    }
+
+    async fn disconnect_iscsi(
+        &self,
+        request: Request<pb::DisconnectIscsiRequest>,
+    ) -> Result<Response<pb::WorkRequest>, Status> {
+        let peer = Peer::of(&request).map_err(status::from)?.describe().await;
+        let pb::DisconnectIscsiRequest { instance_id, retry_token } = request.into_inner();
+        let wanted = convert::guest(instance_id, retry_token, peer).map_err(status::from)?;
+        let work = self.work.clone();
+        let request = to_the_end(async move { work.disconnect_iscsi(wanted).await }).await?;
+        Ok(Response::new(request.into()))
+    }
+
+    async fn reconnect_iscsi(
+        &self,
+        request: Request<pb::ReconnectIscsiRequest>,
+    ) -> Result<Response<pb::WorkRequest>, Status> {
+        let peer = Peer::of(&request).map_err(status::from)?.describe().await;
+        let pb::ReconnectIscsiRequest { instance_id, retry_token } = request.into_inner();
+        let wanted = convert::guest(instance_id, retry_token, peer).map_err(status::from)?;
+        let work = self.work.clone();
+        let request = to_the_end(async move { work.reconnect_iscsi(wanted).await }).await?;
+        Ok(Response::new(request.into()))
     }
 }

@@ -177,6 +177,8 @@ mod tests {
         GUEST_AGENT_TIMEOUT: Unavailable
         GUEST_AGENT_REFUSED: FailedPrecondition
         GUEST_AGENT_DISABLED: FailedPrecondition
+        GUEST_BUSY: FailedPrecondition
+        GUEST_UNSUPPORTED: Unimplemented
         HYPERVISOR_UNSUPPORTED: Unimplemented
         INSTANCE_RUNNING: Unimplemented
         CANCELED: Cancelled

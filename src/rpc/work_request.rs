@@ -178,6 +178,7 @@ mod tests {
             requested_by: "uid 0".into(),
             retry: None,
             undo: None,
+            iscsi: None,
             rehearsal: None,
             resume: None,
             outgoing: None,

@@ -13,6 +13,7 @@ use super::{
     Inner, Work,
     capture::Capture,
     export::Export,
+    iscsi::{self, Reconnect},
     rates,
     registry::{Job, Reservation},
     rehearse::Rehearse,
@@ -24,7 +25,7 @@ use super::{
 use crate::{
     catalogue::Found,
     error::{Error, Reason, Result},
-    model::{live::Undo, upload::Resume, work_request::Status},
+    model::{instance::Instance, live::Undo, upload::Resume, work_request::Status},
 };
 
 /// What is to be done.
@@ -40,6 +41,10 @@ pub(super) enum Task {
     Export(Box<Export>),
     /// Write an image over a volume.
     Restore(Box<Restore>),
+    /// Take its iSCSI from a guest.
+    Disconnect(Box<Instance>),
+    /// Give it back.
+    Reconnect(Box<Reconnect>),
 }
 
 /// Starts the task. It ends by itself, by the request's token, or with the
@@ -65,7 +70,7 @@ async fn drive(work: Work, job: Job, task: Task) {
             let resume = capture.interrupted.as_ref().map(|interrupted| interrupted.resume.clone());
             (Some(capture.image.id.clone()), resume)
         }
-        Task::Verify(_) | Task::Rehearse(_) | Task::Export(_) | Task::Restore(_) => (None, None),
+        _ => (None, None),
     };
     if let Some(resume) = &interrupted {
         let earlier = ports.journal.trace(&id).await.ok().flatten().unwrap_or_default();
@@ -89,6 +94,8 @@ async fn drive(work: Work, job: Job, task: Task) {
             Task::Restore(restore) => {
                 restore.run(&work, &mut tracker, &watchdog, &stop, place).await
             }
+            Task::Disconnect(instance) => work.disconnect(&instance, &mut tracker, &stop).await,
+            Task::Reconnect(reconnect) => reconnect.run(&work, &mut tracker).await,
         }
     };
     // Who dies while it undoes must find on its return that it was to.
@@ -124,6 +131,11 @@ async fn drive(work: Work, job: Job, task: Task) {
 
     if let Some(undo) = tracker.owed() {
         give_back(&work, &tracker, undo).await;
+    }
+    if outcome.is_err()
+        && let Some(undo) = tracker.owed_iscsi()
+    {
+        iscsi::undo(&work, &tracker, &undo).await;
     }
     if outcome.is_err()
         && let Some(resume) = interrupted

@@ -17,6 +17,7 @@ mod drain;
 mod driver;
 mod export;
 mod governor;
+mod iscsi;
 mod live;
 mod object;
 mod order;
@@ -40,7 +41,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub use self::order::{
-    CreateImage, Destination, ExportImage, RehearseImage, RestoreVolume, Source, VerifyImage,
+    CreateImage, Destination, ExportImage, Guest, RehearseImage, RestoreVolume, Source, VerifyImage,
 };
 pub use self::reading::{Chunk, Reading};
 use self::registry::Registry;
@@ -60,7 +61,7 @@ use crate::{
         trace::Trace,
         work_request::{NewRates, Operation, Rates, Resource, Retry, WorkRequest},
     },
-    port::{Clock, Hypervisor, Inspector, Journal, ObjectStore, Outlets, Volumes},
+    port::{Clock, Hypervisor, Inspector, Journal, ObjectStore, Outlets, Vault, Volumes},
 };
 
 /// Everything that the work needs from the world.
@@ -80,6 +81,8 @@ pub struct Ports {
     pub inspector: Arc<dyn Inspector>,
     /// What survives a restart.
     pub journal: Arc<dyn Journal>,
+    /// What of it is secret: the iSCSI of guests.
+    pub vault: Arc<dyn Vault>,
 }
 
 /// What the configuration says about the work.

@@ -129,6 +129,17 @@ pub struct RehearseImage {
     pub requested_by: String,
 }
 
+/// An order about an instance's guest.
+#[derive(Debug, Clone)]
+pub struct Guest {
+    /// OCID or name.
+    pub instance: String,
+    /// Makes asking twice asking once.
+    pub retry_token: Option<String>,
+    /// Who asks.
+    pub requested_by: String,
+}
+
 /// What is wrong is told of `field`.
 pub(super) fn check_path(path: &Path, field: &'static str) -> Result<PathBuf> {
     if path.is_absolute() {

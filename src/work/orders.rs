@@ -234,7 +234,7 @@ impl Work {
     /// Reserves what `request` needs, prepares its task, which is the last
     /// look at the order, and begins; or answers with the request that was
     /// asked for before.
-    async fn admitted(
+    pub(super) async fn admitted(
         &self,
         request: WorkRequest,
         lock: Lock,

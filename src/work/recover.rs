@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{Ports, resume::resumable, tracker};
+use super::{Ports, iscsi, resume::resumable, tracker};
 use crate::{
     error::{Error, Reason, Result},
     model::{
@@ -24,6 +24,7 @@ use crate::{
 pub(super) async fn recover(ports: &Ports) -> Result<Vec<WorkRequest>> {
     let mut requests = ports.journal.load().await?;
     give_back(ports, &mut requests).await?;
+    iscsi::recover(ports, &mut requests).await?;
     let keep: Vec<_> = requests
         .iter()
         .filter(|request| resumable(request))
@@ -112,6 +113,11 @@ fn left(request: &WorkRequest) -> String {
         _ => "no image came of it, and its remains are removed; ask again, with a new retry token"
             .into(),
     };
+    if let Operation::DisconnectIscsi | Operation::ReconnectIscsi = request.operation {
+        return "`imagectl instance iscsi list` shows what the guest has now; ask again, with a \
+                new retry token"
+            .into();
+    }
     match (request.operation, request.phase) {
         (Operation::ExportImage, Phase::Seal) => {
             format!("look first whether the object is there, whole; if it is not: {advice}")

@@ -157,6 +157,23 @@ impl Registry {
         }
     }
 
+    /// Fails while another work request holds `lock`.
+    pub(super) fn check_free(&self, lock: &Lock) -> Result<()> {
+        let entries = self.entries();
+        let holder = entries.iter().find(|(_, entry)| entry.lock.as_ref() == Some(lock));
+        holder.map_or(Ok(()), |(holder, _)| {
+            Err(Denial::Locked { holder: holder.clone(), lock: lock.clone() }.into())
+        })
+    }
+
+    /// The iSCSI that `id` took was given back; the request as it is now.
+    pub(super) fn settle_iscsi(&self, id: &WorkRequestId) -> Option<WorkRequest> {
+        let entries = self.entries();
+        let state = &entries.get(id)?.state;
+        state.send_modify(|request| request.iscsi = None);
+        Some(state.borrow().clone())
+    }
+
     /// Images whose objects are being sent elsewhere.
     pub(super) fn exporting(&self) -> BTreeSet<String> {
         let entries = self.entries();
@@ -198,7 +215,10 @@ impl Registry {
         let mut entries = self.entries();
         let surplus = entries.len().saturating_sub(REMEMBERED);
         let excess = entries.len().saturating_sub(TOKENS_REMEMBERED);
-        let ended = entries.iter().filter(|(_, entry)| entry.lock.is_none());
+        // What is still to be undone is known by its request alone.
+        let ended = entries
+            .iter()
+            .filter(|(_, entry)| entry.lock.is_none() && !entry.state.borrow().owes());
         let evicted: Vec<_> = ended
             .take(surplus)
             .enumerate()

@@ -14,6 +14,7 @@ use crate::{
     model::{
         Timestamp, WorkRequestId,
         image::{PhaseTime, StoredPart},
+        iscsi::IscsiUndo,
         live::{Rehearsal, Undo},
         trace::Trace,
         upload::{KeptPart, Outgoing, Receipt, Resume},
@@ -216,6 +217,23 @@ impl Tracker {
         self.teller.state.send_modify(|request| request.undo = undo);
         self.keep().await?;
         self.keep_trace().await
+    }
+
+    /// What gives the instance its iSCSI back whatever happens to imaged from
+    /// here on; `None`: nothing any more. What was said to it is kept, too.
+    ///
+    /// # Errors
+    ///
+    /// `JOURNAL_FAILED`: it would not be known after a crash.
+    pub(super) async fn owe_iscsi(&self, undo: Option<IscsiUndo>) -> Result<()> {
+        self.teller.state.send_modify(|request| request.iscsi = undo);
+        self.keep().await?;
+        self.keep_trace().await
+    }
+
+    /// What still is to be given back of it.
+    pub(super) fn owed_iscsi(&self) -> Option<IscsiUndo> {
+        self.teller.state.borrow().iscsi.clone()
     }
 
     /// What is to be aborted whatever happens to imaged from here on; `None`:

@@ -28,6 +28,13 @@ cat >"$corpus/seed" <<'SEED'
 {"timestamp": {"seconds": 1, "microseconds": 2}, "event": "SHUTDOWN", "data": {"guest": true}}
 SEED
 printf '{"return": 3}\n\xff{"return": 7}\n' >"$corpus/seed-agent"
+{
+    printf 'session\t1\tiqn.2015-12.test:1\t10.0.2.2\t3260\tLOGGED_IN\timaged\n'
+    printf 'device\t-\tsda\t8:0\t131072\t-\t-\t-\t-\t1\n'
+    printf 'mount\t8:0\t28 27 8:0 / /data\\040one rw - ext4 /dev/sda rw\nswap\tsda\n'
+    printf 'record\tiqn.2015-12.test:1/10.0.2.2,3260,1/default\tautomatic\tCHAP\n'
+    printf 'discovery\t10.0.2.2,3260\nend\n'
+} >"$corpus/seed-iscsi"
 
 corpus=target/fuzz/corpus/nbd
 mkdir -p "$corpus"

@@ -18,6 +18,8 @@ mod lab_libvirt;
 mod oci_server;
 #[path = "../lab/proxy.rs"]
 mod proxy;
+#[path = "../lab/tgt.rs"]
+mod tgt;
 #[path = "../lab/weed.rs"]
 mod weed;
 
@@ -25,6 +27,7 @@ mod drain;
 mod export;
 mod host;
 mod image;
+mod iscsi;
 mod libvirt;
 mod lifecycle;
 mod limits;

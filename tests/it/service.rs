@@ -142,6 +142,7 @@ async fn empty(_: Config, _: Vec<Instance>) -> Result<Parts> {
             Arc::new(SystemdVault::new("/nowhere".into())),
         )),
         inspector: Arc::new(Workers::of(env!("CARGO_BIN_EXE_imaged").into())),
+        vault: Arc::new(SystemdVault::new("/nowhere".into())),
         features: vec![Feature {
             name: "io_uring".into(),
             available: false,

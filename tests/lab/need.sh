@@ -18,7 +18,7 @@ demo=("${build[@]}" qemu-system-x86 qemu-utils mmdebstrap debian-archive-keyring
 # libfaketime: a clock that jumps.
 # systemd: systemd-creds.
 test=("${demo[@]}" xfsprogs btrfs-progs gdisk zstd systemd systemd-container python3-pip libfaketime
-  libvirt-daemon-system libvirt-clients)
+  libvirt-daemon-system libvirt-clients tgt)
 
 tools=() # NAME@VERSION, as cargo install takes them
 case ${1-} in

@@ -102,11 +102,13 @@ def start(vm, disk, disk_format, snapshot, memory, qemu_args):
     block = {
         "driver": disk_format,
         "node-name": "boot",
+        "discard": "unmap",
         "file": {
             "driver": "host_device" if disk.is_block_device() else "file",
             "node-name": "boot-file",
             "filename": str(disk),
             "locking": "on",
+            "discard": "unmap",
         },
     }
     run([

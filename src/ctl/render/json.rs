@@ -142,6 +142,40 @@ pub(in crate::ctl) fn instance(instance: &pb::Instance) -> Value {
     ])
 }
 
+/// What of iSCSI an instance has.
+pub(in crate::ctl) fn iscsi(iscsi: &pb::ListIscsiAttachmentsResponse) -> Value {
+    object([
+        ("attachments", list(&iscsi.items, iscsi_attachment)),
+        ("discovery-portals", list(&iscsi.discovery_portals, |portal| text(portal))),
+        ("has-iscsiadm", iscsi.has_iscsiadm.into()),
+        ("initiator-name", text(&iscsi.initiator_name)),
+    ])
+}
+
+fn iscsi_attachment(attachment: &pb::IscsiAttachment) -> Value {
+    object([
+        ("address", text(&attachment.address)),
+        ("at-boot", attachment.at_boot.into()),
+        ("chap", attachment.chap.into()),
+        (
+            "devices",
+            list(&attachment.devices, |device| {
+                object([
+                    ("kind", words::iscsi_device(device).into()),
+                    ("mapper-name", text(&device.mapper_name)),
+                    ("name", text(&device.name)),
+                    ("size-in-bytes", size(device.size_in_bytes)),
+                    ("uses", list(&device.uses, |used| text(used))),
+                ])
+            }),
+        ),
+        ("iqn", text(&attachment.iqn)),
+        ("on-record", attachment.on_record.into()),
+        ("port", attachment.port.into()),
+        ("state", words::iscsi_state(attachment).into()),
+    ])
+}
+
 /// A work request.
 pub(in crate::ctl) fn work_request(work: &pb::WorkRequest) -> Value {
     object([

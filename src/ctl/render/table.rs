@@ -249,6 +249,45 @@ pub(in crate::ctl) fn instance(instance: &pb::Instance) -> String {
     card.text()
 }
 
+/// The iSCSI attachments of an instance.
+pub(in crate::ctl) fn iscsi(
+    iscsi: &pb::ListIscsiAttachmentsResponse,
+    width: Option<u16>,
+) -> String {
+    type Attachment = pb::IscsiAttachment;
+    let or_none = |words: Vec<String>| match words.is_empty() {
+        true => "-".to_owned(),
+        false => words.join(", "),
+    };
+    let name = |device: &pb::IscsiDevice| match device.mapper_name.as_str() {
+        "" => device.name.clone(),
+        mapper => mapper.to_owned(),
+    };
+    let yes = |is: bool| if is { "yes" } else { "no" }.to_owned();
+    let columns = vec![
+        column("STATE", 0, |attachment: &Attachment| {
+            words::iscsi_state(attachment).unwrap_or(UNKNOWN).to_owned()
+        }),
+        column("CHAP", 1, |attachment: &Attachment| yes(attachment.chap)),
+        column("AT BOOT", 2, |attachment: &Attachment| yes(attachment.at_boot)),
+        column("DEVICES", 0, |attachment: &Attachment| {
+            or_none(attachment.devices.iter().map(name).collect())
+        }),
+        column("USED AS", 0, |attachment: &Attachment| {
+            or_none(attachment.devices.iter().flat_map(|device| device.uses.clone()).collect())
+        }),
+        column("PORTAL", 0, |attachment: &Attachment| {
+            let (address, port) = (&attachment.address, attachment.port);
+            match address.contains(':') {
+                true => format!("[{address}]:{port}"),
+                false => format!("{address}:{port}"),
+            }
+        }),
+        column("TARGET", 0, |attachment: &Attachment| attachment.iqn.clone()),
+    ];
+    list(&iscsi.items, columns, width)
+}
+
 /// A list of work requests.
 pub(in crate::ctl) fn work_requests(
     work: &[pb::WorkRequest],

@@ -112,6 +112,10 @@ api_word! {
     snapshot(pb::Image).snapshot: pb::Snapshot,
     /// Of an instance.
     instance_state(pb::Instance).lifecycle_state: pb::instance::LifecycleState,
+    /// Of an iSCSI attachment.
+    iscsi_state(pb::IscsiAttachment).state: pb::iscsi_attachment::State,
+    /// Of a guest's block device.
+    iscsi_device(pb::IscsiDevice).kind: pb::iscsi_device::Kind,
 }
 
 /// `APPLICATION`, `FILESYSTEM`, `CLEAN` or `CRASH`.

@@ -470,6 +470,29 @@ fn the_remaining_verbs_answer() {
 }
 
 #[test]
+fn the_iscsi_of_a_guest_is_a_table_and_what_it_remembers() {
+    let line = "instance iscsi list --instance-id web-3";
+    let twin = twin();
+    let ran = run(&twin.socket(), line);
+    assert_eq!(ran.exit, Exit::Success);
+    insta::assert_snapshot!(format!("{}{}", ran.out, ran.err), @"
+    STATE       CHAP  AT BOOT  DEVICES       USED AS      PORTAL            TARGET
+    LOGGED_IN   yes   yes      sdb, vg-data  /data (xfs)  169.254.2.2:3260  iqn.2015-12.com.oracleiaas:8d0f
+    LOGGED_OUT  no    no       -             -            [fd00::2]:3260    iqn.2015-12.com.oracleiaas:11c2
+    the guest remembers the targets of 169.254.2.2:3260
+    ");
+    let ran = run(&twin.socket(), &format!("{line} --output json"));
+    assert_eq!((ran.exit, ran.err.as_str()), (Exit::Success, ""));
+    let answer: serde_json::Value = serde_json::from_str(&ran.out).unwrap();
+    let [first, _] = answer["data"]["attachments"].as_array().unwrap().as_slice() else {
+        panic!("{answer}")
+    };
+    assert_eq!(first["devices"][1]["kind"], "LOGICAL_VOLUME");
+    assert_eq!(first["devices"][1]["uses"][0], "/data (xfs)");
+    assert_eq!(answer["data"]["discovery-portals"][0], "169.254.2.2:3260");
+}
+
+#[test]
 fn a_store_that_fails_a_check_says_what_lacks() {
     let ran = run(&twin().socket(), "store check bad");
     assert_eq!(ran.exit, Exit::Failed);
@@ -626,6 +649,10 @@ fn man_pages_and_completions_come_from_the_same_definitions() {
     imagectl-image-verify.1
     imagectl-image.1
     imagectl-instance-get.1
+    imagectl-instance-iscsi-disconnect.1
+    imagectl-instance-iscsi-list.1
+    imagectl-instance-iscsi-reconnect.1
+    imagectl-instance-iscsi.1
     imagectl-instance-list.1
     imagectl-instance.1
     imagectl-man.1

@@ -67,6 +67,44 @@ pub fn provisioning() -> pb::Image {
     }
 }
 
+pub fn iscsi() -> pb::ListIscsiAttachmentsResponse {
+    use pb::{iscsi_attachment::State, iscsi_device::Kind};
+    let device = |name: &str, kind: Kind, mapper_name: &str, uses: &[&str]| pb::IscsiDevice {
+        name: name.into(),
+        kind: kind.into(),
+        mapper_name: mapper_name.into(),
+        size_in_bytes: 50 << 30,
+        uses: uses.iter().map(|&used| used.into()).collect(),
+    };
+    let logged_in = pb::IscsiAttachment {
+        iqn: "iqn.2015-12.com.oracleiaas:8d0f".into(),
+        address: "169.254.2.2".into(),
+        port: 3260,
+        state: State::LoggedIn.into(),
+        chap: true,
+        on_record: true,
+        at_boot: true,
+        devices: vec![
+            device("sdb", Kind::Disk, "", &[]),
+            device("dm-0", Kind::LogicalVolume, "vg-data", &["/data (xfs)"]),
+        ],
+    };
+    let on_record = pb::IscsiAttachment {
+        iqn: "iqn.2015-12.com.oracleiaas:11c2".into(),
+        address: "fd00::2".into(),
+        port: 3260,
+        state: State::LoggedOut.into(),
+        on_record: true,
+        ..pb::IscsiAttachment::default()
+    };
+    pb::ListIscsiAttachmentsResponse {
+        items: vec![logged_in, on_record],
+        discovery_portals: vec!["169.254.2.2:3260".into()],
+        initiator_name: "iqn.1988-12.com.oracle:web-3".into(),
+        has_iscsiadm: true,
+    }
+}
+
 pub fn instance() -> pb::Instance {
     pb::Instance {
         id: INSTANCE_ID.into(),

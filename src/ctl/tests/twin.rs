@@ -213,6 +213,30 @@ impl InstanceService for Service {
         self.0.refuse()?;
         Ok(Response::new(samples::instance()))
     }
+
+    async fn list_iscsi_attachments(
+        &self,
+        _: Request<pb::ListIscsiAttachmentsRequest>,
+    ) -> Answer<pb::ListIscsiAttachmentsResponse> {
+        self.0.refuse()?;
+        Ok(Response::new(samples::iscsi()))
+    }
+
+    async fn disconnect_iscsi(
+        &self,
+        _: Request<pb::DisconnectIscsiRequest>,
+    ) -> Answer<pb::WorkRequest> {
+        self.0.refuse()?;
+        Ok(Response::new(samples::reading()))
+    }
+
+    async fn reconnect_iscsi(
+        &self,
+        _: Request<pb::ReconnectIscsiRequest>,
+    ) -> Answer<pb::WorkRequest> {
+        self.0.refuse()?;
+        Ok(Response::new(samples::reading()))
+    }
 }
 
 #[tonic::async_trait]

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use serde::{Deserialize, Deserializer};
 
 use crate::hypervisor::refusal::printable;
@@ -148,7 +149,7 @@ pub(super) struct Started {
 }
 
 /// A program in the guest.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct ExecStatus {
     /// Whether it has ended. The agent then forgets it: another question is
     /// refused.
@@ -158,6 +159,37 @@ pub struct ExecStatus {
     pub exit_code: Option<i64>,
     /// The signal that ended it.
     pub signal: Option<i64>,
+    /// What it printed, if that was wanted, in base64.
+    #[serde(rename = "out-data")]
+    out_data: Option<String>,
+    /// The same of its errors.
+    #[serde(rename = "err-data")]
+    err_data: Option<String>,
+}
+
+impl ExecStatus {
+    /// What it printed; `None`: that cannot be read.
+    #[must_use]
+    pub fn printed(&self) -> Option<Vec<u8>> {
+        decoded(self.out_data.as_deref())
+    }
+
+    /// Its last words on its errors, as one line fit to be shown.
+    #[must_use]
+    pub fn complaint(&self) -> String {
+        let said = decoded(self.err_data.as_deref()).unwrap_or_default();
+        let said = String::from_utf8_lossy(&said);
+        let last = said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or_default();
+        last.chars().filter(|c| !c.is_control()).take(MAX_COMPLAINT).collect()
+    }
+}
+
+/// Longest complaint that is told: a program of a guest may say anything.
+const MAX_COMPLAINT: usize = 300;
+
+/// An agent says nothing of a program that printed nothing.
+fn decoded(data: Option<&str>) -> Option<Vec<u8>> {
+    BASE64.decode(data.unwrap_or_default()).ok()
 }
 
 #[cfg(test)]

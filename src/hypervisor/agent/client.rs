@@ -4,6 +4,7 @@ use std::{
     fmt, io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use serde::de::DeserializeOwned;
@@ -12,7 +13,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
     sync::Mutex,
-    time::{Instant, timeout_at},
+    time::{Instant, sleep, timeout_at},
 };
 
 use super::{
@@ -26,7 +27,7 @@ use crate::{
     hypervisor::{
         libvirt::{Failed, Line},
         lines::{Lines, TooLong},
-        refusal::seconds,
+        refusal::{printable, seconds},
     },
     model::trace::{Channel, Kind},
     recorder::{Lane, Recorder},
@@ -37,6 +38,12 @@ use crate::{
 const NO_ANSWER: &str = "see that the agent runs in the guest (qemu-guest-agent), and that no \
                          other program is connected to its socket: QEMU serves one at a time; \
                          or ask for a crash-consistent image";
+
+/// Between two looks whether a program in the guest has ended, at first.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// And at last.
+const MAX_PAUSE: Duration = Duration::from_millis(500);
 
 /// A client of the agent in one guest. Share it: one command runs at a time,
 /// others wait until their deadlines.
@@ -223,6 +230,36 @@ impl Agent {
         self.call(Call::ExecStatus { pid: process }, deadline).await
     }
 
+    /// Runs `program` to its end; what it printed. One that has not ended by
+    /// the deadline may go on in the guest.
+    ///
+    /// # Errors
+    ///
+    /// As [`ping`](Self::ping); `GUEST_AGENT_TIMEOUT` when it has not ended,
+    /// `GUEST_BUSY` when something is in use, `GUEST_AGENT_REFUSED` with its
+    /// own last words when it failed otherwise.
+    pub async fn run(&self, program: GuestProgram, deadline: Instant) -> Result<Vec<u8>> {
+        let (begun, purpose) = (Instant::now(), program.purpose());
+        let process = self.start(program, deadline).await?;
+        let mut pause = PAUSE;
+        loop {
+            let status = self.status(process, deadline).await?;
+            if status.exited {
+                return match (status.exit_code, status.printed()) {
+                    (Some(0), Some(printed)) => Ok(printed),
+                    _ => Err(failed(purpose, &status)),
+                };
+            }
+            if Instant::now() + pause >= deadline {
+                let waited = seconds(begun.elapsed());
+                let context = format!("the guest did not {purpose} within {waited}");
+                return Err(Error::new(Reason::GuestAgentTimeout, context));
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(MAX_PAUSE);
+        }
+    }
+
     /// Has the agent shut the guest down. It answers nothing when it does
     /// (QEMU, `qga/qapi-schema.json`): watch the VM instead, and drop this
     /// when it has shut down. Ends only with an error.
@@ -394,6 +431,27 @@ impl Agent {
     }
 }
 
+/// How a program in the guest failed that was to do `purpose`.
+fn failed(purpose: &str, status: &ExecStatus) -> Error {
+    let context = format!("the guest did not {purpose}");
+    if status.exit_code == Some(GuestProgram::IN_USE) {
+        let said = status.printed().unwrap_or_default();
+        let users = printable(String::from_utf8_lossy(&said).trim());
+        return Error::new(Reason::GuestBusy, context).because(users);
+    }
+    let how = match (status.exit_code, status.signal) {
+        (Some(0), _) => "it printed nothing that can be read".into(),
+        (Some(code), _) => format!("its script ended with exit status {code}"),
+        (None, Some(signal)) => format!("its script was ended by signal {signal}"),
+        (None, None) => "its script ended without saying how".into(),
+    };
+    let words = status.complaint();
+    Error::new(Reason::GuestAgentRefused, context).because(match words.is_empty() {
+        true => how,
+        false => format!("{how}: {words}"),
+    })
+}
+
 /// Has libvirt ask an agent. A freeze is libvirt's own: it keeps in mind that
 /// its guest is frozen, and refuses another.
 async fn by_libvirt(line: &Line, call: &Call, deadline: Instant) -> Result<Answer, Failed> {
@@ -406,7 +464,10 @@ async fn by_libvirt(line: &Line, call: &Call, deadline: Instant) -> Result<Answe
             let patience = deadline.saturating_duration_since(Instant::now()).as_secs().max(1);
             let patience = patience.to_string();
             let more = [asked.as_str(), "--timeout", &patience];
-            let said = line.agent("qemu-agent-command", &more, deadline).await?;
+            let said = match call.is_secret() {
+                true => line.agent_unseen("qemu-agent-command", &more, deadline).await?,
+                false => line.agent("qemu-agent-command", &more, deadline).await?,
+            };
             return codec::decode(said.trim().as_bytes()).map_err(|cause| odd(&cause));
         }
     };

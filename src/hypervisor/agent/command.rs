@@ -1,6 +1,7 @@
 //! Every command that imaged can send to a guest agent. Nothing else can be
 //! encoded.
 
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use serde::Serialize;
 
 use super::program::{GuestProcess, GuestProgram};
@@ -31,9 +32,12 @@ pub const ALLOWED: &[Allowed] = &[
     Allowed { name: "guest-fsfreeze-thaw", why: "lets them go" },
     Allowed {
         name: "guest-exec",
-        why: "only to start the fuse, a shell script of imaged's own that thaws the guest after a deadline, and to end it",
+        why: "only for shell scripts of imaged's own: the fuse, which thaws the guest after a deadline, its end, the look at the guest's iSCSI, and the steps that take it away and give it back",
     },
-    Allowed { name: "guest-exec-status", why: "whether the fuse has blown" },
+    Allowed {
+        name: "guest-exec-status",
+        why: "whether the fuse has blown, and what the others have found or done",
+    },
     Allowed {
         name: "guest-shutdown",
         why: "shuts the guest down for its image, where that was asked for; imaged starts it again",
@@ -82,9 +86,13 @@ fn exec<S: serde::Serializer>(program: &GuestProgram, to: S) -> Result<S::Ok, S:
     struct Exec {
         path: &'static str,
         arg: Vec<String>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        input_data: Option<String>,
         capture_output: bool,
     }
-    Exec { path: program.path(), arg: program.arguments(), capture_output: false }.serialize(to)
+    let (path, arg, capture_output) = (program.path(), program.arguments(), program.prints());
+    let input_data = program.input().map(|input| BASE64.encode(input));
+    Exec { path, arg, input_data, capture_output }.serialize(to)
 }
 
 impl Call {
@@ -133,6 +141,11 @@ impl Call {
         }
     }
 
+    /// Whether it carries what nobody may see.
+    pub(super) fn is_secret(&self) -> bool {
+        matches!(self, Self::Exec(program) if program.input().is_some())
+    }
+
     /// Its arguments as they may be recorded: of a program, which one it is.
     pub(super) fn recorded(&self) -> Option<serde_json::Value> {
         match self {
@@ -159,7 +172,10 @@ pub(super) mod tests {
     use std::{collections::BTreeSet, num::NonZeroU32};
 
     use super::*;
-    use crate::hypervisor::agent::codec;
+    use crate::hypervisor::agent::{
+        codec,
+        program::{Input, IscsiStep},
+    };
 
     /// One of each.
     pub fn samples() -> Vec<Call> {
@@ -176,6 +192,11 @@ pub(super) mod tests {
             Call::FsfreezeThaw,
             Call::Exec(GuestProgram::ThawFuse { after_seconds }),
             Call::Exec(GuestProgram::DisarmFuses),
+            Call::Exec(GuestProgram::IscsiSurvey),
+            Call::Exec(GuestProgram::Iscsi {
+                step: IscsiStep::LogOut,
+                input: Input(b"session\t1\n".to_vec()),
+            }),
             Call::ExecStatus { pid: GuestProcess(42) },
             Call::Shutdown { mode: ShutdownMode::Powerdown },
         ]
@@ -187,7 +208,15 @@ pub(super) mod tests {
             .iter()
             .map(|call| String::from_utf8_lossy(&codec::encode(call).unwrap()).into_owned())
             .collect();
-        insta::assert_snapshot!(lines.concat(), @r#"
+        let lines = lines.concat();
+        let scripts = [
+            ("iscsi-survey.sh", include_str!("iscsi-survey.sh")),
+            ("iscsi-step.sh", include_str!("iscsi-step.sh")),
+        ];
+        let lines = scripts.iter().fold(lines, |lines, (name, script)| {
+            lines.replace(&serde_json::to_string(script).unwrap(), &format!("<{name}>"))
+        });
+        insta::assert_snapshot!(lines, @r#"
         �{"execute":"guest-sync-delimited","arguments":{"id":7}}
         {"execute":"guest-ping"}
         {"execute":"guest-info"}
@@ -199,6 +228,8 @@ pub(super) mod tests {
         {"execute":"guest-fsfreeze-thaw"}
         {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","\ntrap 'kill \"$!\"; exit 0' TERM\nsleep \"$1\" & wait \"$!\"\nblew=0\nwhile read -r device mount rest; do\n    fsfreeze --unfreeze \"$(printf %b \"$mount\")\" 2>/dev/null && blew=10\ndone </proc/self/mounts\nexit \"$blew\"\n","imaged-thaw-fuse","30"],"capture-output":false}}
         {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","\nfuses=$(grep -ls 'imaged-thaw-fus[e]' /proc/[0-9]*/cmdline) || exit 1\nfor fuse in $fuses; do\n    fuse=${fuse%/cmdline}\n    kill -s TERM \"${fuse#/proc/}\"\ndone\n","imaged-disarm"],"capture-output":false}}
+        {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c",<iscsi-survey.sh>,"imaged-iscsi-survey"],"capture-output":true}}
+        {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c",<iscsi-step.sh>,"imaged-iscsi","logout"],"input-data":"c2Vzc2lvbgkxCg==","capture-output":true}}
         {"execute":"guest-exec-status","arguments":{"pid":42}}
         {"execute":"guest-shutdown","arguments":{"mode":"powerdown"}}
         "#);
@@ -223,6 +254,8 @@ pub(super) mod tests {
         {"id":7}
         {"after-seconds":30,"program":"thaw-fuse"}
         {"program":"disarm-fuses"}
+        {"program":"iscsi-survey"}
+        {"program":"iscsi","step":"log-out"}
         {"pid":42}
         {"mode":"powerdown"}
         "#);

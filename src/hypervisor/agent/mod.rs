@@ -23,4 +23,4 @@ mod tests;
 pub use answer::{Disk, ExecStatus, Filesystem, FreezeStatus, Info, OsInfo};
 pub use client::Agent;
 pub use command::ALLOWED;
-pub use program::{GuestProcess, GuestProgram};
+pub use program::{GuestProcess, GuestProgram, Input, IscsiStep};

@@ -31,8 +31,60 @@ for fuse in $fuses; do
 done
 "#;
 
-/// A program that imaged can start in a guest.
+/// Tells what of iSCSI there is.
+const ISCSI_SURVEY: &str = include_str!("iscsi-survey.sh");
+
+/// Does one step of taking iSCSI away, or of giving it back.
+const ISCSI_STEP: &str = include_str!("iscsi-step.sh");
+
+/// A step of it, in the order in which they are done; the latter half undoes
+/// the former. Repeating one changes nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum IscsiStep {
+    /// Prints all records, a tar archive. Changes nothing.
+    Save,
+    /// Unmounts what lies on disks of sessions, and lets them go.
+    Unmount,
+    /// Logs out.
+    LogOut,
+    /// Overwrites and removes all records.
+    Forget,
+    /// Writes all records, from a tar archive.
+    Restore,
+    /// Logs in.
+    LogIn,
+    /// Mounts what was unmounted.
+    Mount,
+}
+
+impl IscsiStep {
+    /// What its script calls it, and what it follows "the guest did not".
+    const fn words(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Save => ("save", "tell its iSCSI records"),
+            Self::Unmount => ("unmount", "unmount its iSCSI disks"),
+            Self::LogOut => ("logout", "log out of its iSCSI targets"),
+            Self::Forget => ("forget", "remove its iSCSI records"),
+            Self::Restore => ("restore", "write its iSCSI records"),
+            Self::LogIn => ("login", "log in to its iSCSI targets"),
+            Self::Mount => ("mount", "mount its iSCSI disks"),
+        }
+    }
+}
+
+/// What a program reads from its standard input: shown nowhere.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Input(pub Vec<u8>);
+
+impl std::fmt::Debug for Input {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Input({} bytes)", self.0.len())
+    }
+}
+
+/// A program that imaged can start in a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(tag = "program", rename_all = "kebab-case", rename_all_fields = "kebab-case")]
 pub enum GuestProgram {
     /// Linux: thaws every mount after so many seconds, unless it is disarmed.
@@ -43,6 +95,17 @@ pub enum GuestProgram {
     },
     /// Linux: ends all fuses before they blow. Exit status 1: there was none.
     DisarmFuses,
+    /// Linux: prints what of iSCSI there is, and changes nothing.
+    IscsiSurvey,
+    /// Linux: does something about it. Exit status 10: something is in use,
+    /// and what it printed tells by whom.
+    Iscsi {
+        /// What.
+        step: IscsiStep,
+        /// To what; not recorded.
+        #[serde(skip)]
+        input: Input,
+    },
 }
 
 /// A process that the agent has started in the guest.
@@ -53,6 +116,9 @@ pub struct GuestProcess(pub(super) u32);
 impl GuestProgram {
     /// Exit status of a fuse that has blown.
     pub const BLEW: i64 = 10;
+
+    /// Exit status of a step that found something in use.
+    pub(super) const IN_USE: i64 = 10;
 
     pub(super) const fn path(&self) -> &'static str {
         "/bin/sh"
@@ -67,6 +133,39 @@ impl GuestProgram {
                 words
             }
             Self::DisarmFuses => words(DISARM, "imaged-disarm"),
+            Self::IscsiSurvey => words(ISCSI_SURVEY, "imaged-iscsi-survey"),
+            Self::Iscsi { step, .. } => {
+                let mut words = words(ISCSI_STEP, "imaged-iscsi");
+                words.push(step.words().0.into());
+                words
+            }
+        }
+    }
+
+    /// Whether what it prints is wanted. The agent keeps what a fuse would
+    /// print until somebody asks.
+    pub(super) const fn prints(&self) -> bool {
+        match self {
+            Self::ThawFuse { .. } | Self::DisarmFuses => false,
+            Self::IscsiSurvey | Self::Iscsi { .. } => true,
+        }
+    }
+
+    /// What it reads.
+    pub(super) fn input(&self) -> Option<&[u8]> {
+        match self {
+            Self::Iscsi { input, .. } => Some(&input.0),
+            _ => None,
+        }
+    }
+
+    /// What it does, to follow "the guest did not".
+    pub(super) const fn purpose(&self) -> &'static str {
+        match self {
+            Self::ThawFuse { .. } => "burn its fuse down",
+            Self::DisarmFuses => "end its fuses",
+            Self::IscsiSurvey => "tell of its iSCSI",
+            Self::Iscsi { step, .. } => step.words().1,
         }
     }
 
@@ -74,6 +173,8 @@ impl GuestProgram {
         match self {
             Self::ThawFuse { .. } => "the fuse that thaws",
             Self::DisarmFuses => "the end of its fuses",
+            Self::IscsiSurvey => "the look at its iSCSI",
+            Self::Iscsi { .. } => "a step of its iSCSI",
         }
     }
 }

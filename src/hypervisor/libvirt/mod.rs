@@ -30,17 +30,18 @@ use self::{
     domain::{Described, Odd},
     virsh::{State, Virsh},
 };
-use super::{COMMAND, guard::Guards, within};
+use super::{COMMAND, agent::Agent, guard::Guards, iscsi, within};
 use crate::{
     error::{Context, Error, Reason, Result},
     model::{
         CompartmentId,
         host::Feature,
         instance::{Instance, Machine, PowerState},
+        iscsi::Iscsi,
         live::{Backup, OfHost, Run, SnapshotUndo, Undo},
         upload::ResumeSource,
     },
-    port::{BoxFuture, Hypervisor, LiveSnapshot, Prepared, SnapshotOrder},
+    port::{BoxFuture, Hypervisor, LiveSnapshot, Prepared, Secret, SnapshotOrder},
     recorder::Recorder,
 };
 
@@ -213,6 +214,46 @@ impl Hypervisor for LibvirtHost {
                     PowerState::Unknown(why.join(": "))
                 }
             }
+        })
+    }
+
+    fn iscsi<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, Result<Iscsi>> {
+        Box::pin(async move {
+            let line = self.line(&instance.machine, Arc::default())?;
+            iscsi::survey(&Agent::of_domain(line), &instance.name).await
+        })
+    }
+
+    fn keep_iscsi<'a>(
+        &'a self,
+        instance: &'a Instance,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<Option<Secret>>> {
+        Box::pin(async move {
+            let agent = Agent::of_domain(self.line(&instance.machine, recorder)?);
+            iscsi::keep(&agent, &instance.name).await
+        })
+    }
+
+    fn disconnect_iscsi<'a>(
+        &'a self,
+        machine: &'a Machine,
+        kept: &'a Secret,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            iscsi::disconnect(&Agent::of_domain(self.line(machine, recorder)?), kept).await
+        })
+    }
+
+    fn reconnect_iscsi<'a>(
+        &'a self,
+        machine: &'a Machine,
+        kept: &'a Secret,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move {
+            iscsi::reconnect(&Agent::of_domain(self.line(machine, recorder)?), kept).await
         })
     }
 

@@ -14,8 +14,8 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, AsyncReadExt},
-    process::Command,
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    process::{ChildStdin, Command},
     time::{Instant, timeout_at},
 };
 
@@ -99,8 +99,13 @@ impl Virsh {
         &self.uri
     }
 
-    /// Runs it until `deadline`.
-    async fn run(&self, words: &[&str], deadline: Instant) -> Result<String, Failed> {
+    /// Runs it until `deadline`. `input` is what it reads.
+    async fn run(
+        &self,
+        words: &[&str],
+        input: Option<&str>,
+        deadline: Instant,
+    ) -> Result<String, Failed> {
         let mut child = Command::new(&self.program)
             .args(["--connect", &self.uri])
             .args(words)
@@ -109,18 +114,26 @@ impl Virsh {
             .env("LC_ALL", "C")
             .env("PATH", USUAL)
             .current_dir("/")
-            .stdin(Stdio::null())
+            .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()?;
         let (answer, complaint) = (child.stdout.take(), child.stderr.take());
+        let stdin = child.stdin.take();
         let heard = async {
-            tokio::try_join!(read(answer, MAX_ANSWER), read(complaint, MAX_COMPLAINT), child.wait())
+            tokio::try_join!(
+                write(stdin, input),
+                read(answer, MAX_ANSWER),
+                read(complaint, MAX_COMPLAINT),
+                child.wait()
+            )
         };
         let heard = timeout_at(deadline, heard).await;
-        let (answer, complaint, status) = heard.map_err(|_| Failed::Late)??;
-        judge(answer, &complaint, status)
+        let ((), answer, complaint, status) = heard.map_err(|_| Failed::Late)??;
+        // Its shell ends well whatever became of a line.
+        let ended_well = status.success() && (input.is_none() || complaint.trim().is_empty());
+        if ended_well { Ok(answer) } else { Err(judge(&complaint, status)) }
     }
 
     /// Asks what changes nothing; `purpose` follows "libvirt was asked to".
@@ -134,7 +147,15 @@ impl Virsh {
         words: &[&str],
         deadline: Instant,
     ) -> Result<String> {
-        self.run(words, deadline).await.map_err(|failed| told(purpose, failed))
+        self.run(words, None, deadline).await.map_err(|failed| told(purpose, failed))
+    }
+}
+
+/// Closes it, so that virsh ends.
+async fn write(to: Option<ChildStdin>, text: Option<&str>) -> std::io::Result<()> {
+    match (to, text) {
+        (Some(mut to), Some(text)) => to.write_all(text.as_bytes()).await,
+        _ => Ok(()),
     }
 }
 
@@ -146,12 +167,9 @@ async fn read(from: Option<impl AsyncRead + Unpin>, most: u64) -> std::io::Resul
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
-/// What an end means. libvirt has no words for machines in virsh; those of C
-/// are read as little as possible.
-fn judge(answer: String, complaint: &str, status: ExitStatus) -> Result<String, Failed> {
-    if status.success() {
-        return Ok(answer);
-    }
+/// What a bad end means. libvirt has no words for machines in virsh; those of
+/// C are read as little as possible.
+fn judge(complaint: &str, status: ExitStatus) -> Failed {
     let said: Vec<_> = complaint
         .lines()
         .map(|line| line.strip_prefix("error: ").unwrap_or(line))
@@ -162,7 +180,7 @@ fn judge(answer: String, complaint: &str, status: ExitStatus) -> Result<String, 
         false => printable(&said.join(": ")),
     };
     let first = said.first().copied().unwrap_or_default();
-    Err(if first.starts_with("failed to connect to the hypervisor") {
+    if first.starts_with("failed to connect to the hypervisor") {
         Failed::NoConnection(words)
     } else if ["Disconnected from", "client socket is closed", "Cannot recv data"]
         .iter()
@@ -171,7 +189,7 @@ fn judge(answer: String, complaint: &str, status: ExitStatus) -> Result<String, 
         Failed::Lost(words)
     } else {
         Failed::Refused(words)
-    })
+    }
 }
 
 fn told(purpose: &str, failed: Failed) -> Error {
@@ -253,7 +271,24 @@ impl Line {
         deadline: Instant,
     ) -> Result<String, Failed> {
         let words = [&[verb, self.domain.as_str()], more].concat();
-        self.virsh.run(&words, deadline).await
+        self.virsh.run(&words, None, deadline).await
+    }
+
+    /// The same for words that nobody may see, in no process's arguments: as
+    /// a line of virsh's shell. Its prompt repeats the line; the answer, which
+    /// must be JSON, stands on one of its own.
+    pub(in crate::hypervisor) async fn agent_unseen(
+        &self,
+        verb: &str,
+        more: &[&str],
+        deadline: Instant,
+    ) -> Result<String, Failed> {
+        let words = [&[verb, self.domain.as_str()], more].concat();
+        let quoted = words.iter().map(|word| format!("'{}'", word.replace('\'', r"'\''")));
+        let line = quoted.collect::<Vec<_>>().join(" ");
+        let said = self.virsh.run(&["--quiet"], Some(&format!("{line}\n")), deadline).await?;
+        let answer = said.lines().find(|line| line.starts_with('{')).map(str::to_owned);
+        answer.ok_or_else(|| Failed::Lost("virsh told nothing of it".into()))
     }
 
     fn record(&self, kind: Kind, verb: &str, more: &[&str]) {
@@ -294,10 +329,7 @@ mod tests {
     use super::*;
 
     fn judged(complaint: &str) -> Error {
-        told(
-            "start a domain",
-            judge(String::new(), complaint, ExitStatus::from_raw(256)).unwrap_err(),
-        )
+        told("start a domain", judge(complaint, ExitStatus::from_raw(256)))
     }
 
     #[test]

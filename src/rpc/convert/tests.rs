@@ -81,6 +81,7 @@ fn work_request(status: Status, read: u64) -> WorkRequest {
         requested_by: "uid 0".into(),
         retry: None,
         undo: None,
+        iscsi: None,
         rehearsal: None,
         resume: None,
         outgoing: None,

@@ -1,7 +1,8 @@
-//! Any bytes as what QEMU and a guest agent send, in pieces.
+//! Any bytes as what QEMU and a guest agent send, in pieces, and as what a
+//! guest says of its iSCSI.
 #![no_main]
 
-use imaged::hypervisor::{agent, lines::Lines, qmp};
+use imaged::hypervisor::{agent, iscsi, lines::Lines, qmp};
 use libfuzzer_sys::fuzz_target;
 
 /// Short, so that small inputs have lines that are too long.
@@ -20,4 +21,5 @@ fuzz_target!(|data: &[u8]| {
         }
         assert!(lines.untaken() <= LIMIT);
     }
+    let _ = iscsi::read(&String::from_utf8_lossy(data));
 });
