@@ -394,11 +394,16 @@ pub(super) struct ImageCreate {
     /// down. The image is crash consistent then.
     #[arg(long, requires = "consistency")]
     pub force_stop: bool,
+    /// With --consistency stop: disconnect the guest from its iSCSI volumes
+    /// before it is shut down, and give them back once it runs again
+    /// [default: it is not asked].
+    #[arg(long, value_enum, ignore_case = true, value_name = "POLICY", requires = "consistency")]
+    pub iscsi: Option<IscsiPolicy>,
     /// Make no image: do to the running instance what making one does, watch
     /// it for a minute, and tell what an image would cost.
     #[arg(long, requires = "instance_id", conflicts_with_all = [
         "boot_volume", "compartment_id", "display_name", "freeform_tags", "launch_mode", "compression",
-        "on_read_error", "max_upload_rate", "max_read_rate",
+        "iscsi", "on_read_error", "max_upload_rate", "max_read_rate",
     ])]
     pub rehearse: bool,
     /// Most bytes a second that are sent to the store, such as 200MiB. The
@@ -632,6 +637,13 @@ api_words!(
     FreezeOrCrash => FreezeOrCrash,
     Crash => Crash,
     Stop => Stop,
+    }
+);
+
+api_words!(
+    #[value(rename_all = "kebab-case")]
+    IscsiPolicy -> pb::create_image_request::IscsiPolicy {
+    Disconnect => Disconnect,
     }
 );
 

@@ -69,7 +69,7 @@ pub(super) async fn survey(agent: &Agent, name: &str) -> Result<Iscsi> {
 ///
 /// # Errors
 ///
-/// As [`survey`]; `GUEST_UNSUPPORTED` for what cannot be given back.
+/// As [`survey()`]; `GUEST_UNSUPPORTED` for what cannot be given back.
 pub(super) async fn keep(agent: &Agent, name: &str) -> Result<Option<Secret>> {
     let iscsi = survey(agent, name).await?;
     if iscsi.is_empty() {

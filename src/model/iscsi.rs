@@ -6,6 +6,16 @@ use serde::{Deserialize, Serialize};
 
 use super::{ByteSize, instance::Machine};
 
+/// What is done about a guest's iSCSI before it is imaged.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Policy {
+    /// Nothing: it is not asked.
+    #[default]
+    NotAsked,
+    /// It is taken, and given back once the guest runs again.
+    Disconnect,
+}
+
 /// What gives a guest its iSCSI back, whoever took it. In the journal before
 /// anything is taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -18,6 +18,7 @@ use crate::{
         ByteSize, ImageId, Timestamp, WorkRequestId,
         image::{Compression, Consistency, Image, ImageState, LaunchMode, SnapshotKind},
         instance::{Instance, Machine, PowerState},
+        iscsi::Policy,
         live::{Expected, Force, Mode, PointInTime, Rehearsal},
         trace::{Channel, Dropped, Entry, Kind, Trace},
         work_request::{Action, NewRates, Operation, Rates, Status, WorkRequest},
@@ -194,6 +195,7 @@ pub(super) fn create_image(
         launch_mode: launch_mode(request.launch_mode)?,
         compression: compression(request.compression)?,
         mode: mode(request.snapshot_mode)?,
+        iscsi: iscsi_policy(request.iscsi_policy)?,
         rates: Rates {
             upload: rate("max_upload_rate", request.max_upload_rate)?,
             read: rate("max_read_rate", request.max_read_rate)?,
@@ -201,6 +203,15 @@ pub(super) fn create_image(
         retry_token: retry_token(request.retry_token)?,
         requested_by,
     })
+}
+
+fn iscsi_policy(policy: i32) -> Result<Policy> {
+    use pb::create_image_request::IscsiPolicy as Pb;
+    match Pb::try_from(policy) {
+        Ok(Pb::Unspecified) => Ok(Policy::NotAsked),
+        Ok(Pb::Disconnect) => Ok(Policy::Disconnect),
+        Err(_) => Err(invalid("iscsi", format!("{policy} is no policy that imaged knows"))),
+    }
 }
 
 /// What a request wants that `requested_by` sent.

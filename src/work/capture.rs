@@ -32,6 +32,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Work,
     driver::check,
+    iscsi::ComingBack,
     live::Live,
     preflight::{Found, free},
     rates,
@@ -46,6 +47,7 @@ use crate::{
         ByteSize,
         image::{EXTENT_SIZE, Format, Image, Manifest, ManifestSchema, Stored},
         instance::Instance,
+        iscsi::Policy,
         live::Mode,
         upload::{Resume, ResumeSource},
         work_request::{Phase, Progress},
@@ -71,6 +73,8 @@ pub(super) struct Capture {
     pub instance: Option<Instance>,
     /// How its point in time is taken while it runs.
     pub mode: Mode,
+    /// What is done about its iSCSI.
+    pub iscsi: Policy,
     /// What an earlier process left of it.
     pub interrupted: Option<Interrupted>,
 }
@@ -80,6 +84,8 @@ struct Begun {
     volume: Box<dyn HeldVolume>,
     live: Option<Live>,
     from: Option<Resumed>,
+    /// Its iSCSI, on its way back.
+    iscsi: Option<ComingBack>,
 }
 
 impl Capture {
@@ -127,7 +133,12 @@ impl Capture {
                 (None, Some(interrupted)) => Self::go_on(work, interrupted, tracker).await?,
                 (None, None) => return Err(Error::new(Reason::Internal, "nothing to be read")),
             };
-            self.transfer(work, begun, line, tracker).await
+            let Begun { volume, live, from, iscsi } = begun;
+            self.transfer(work, (volume, live, from), line, tracker).await?;
+            match iscsi {
+                Some(coming) => coming.wait(work, tracker, stop).await,
+                None => Ok(()),
+            }
         };
         let Err(error) = done.await else { return Ok(()) };
         if error.reason() == Reason::Canceled && tracker.is_left_to_a_later_process() {
@@ -158,6 +169,17 @@ impl Capture {
         tracker: &mut Tracker,
         stop: &CancellationToken,
     ) -> Result<Begun> {
+        let found = match (&self.instance, self.iscsi, found) {
+            (Some(instance), Policy::Disconnect, Found::Running { prepared, .. }) => {
+                // Its agent serves one at a time.
+                drop(prepared);
+                work.disconnect(instance, tracker, stop).await?;
+                tracker.phase(Phase::Preflight).await?;
+                let volume = &self.image.origin.source_volume;
+                work.preflight(Some(instance), volume, self.mode, tracker.recorder()).await?
+            }
+            (_, _, found) => found,
+        };
         let (volume, live) = match found {
             Found::AtRest(held, named) => (free(work, (held, named), tracker).await, None),
             Found::Running { prepared, pace, why } => {
@@ -190,7 +212,8 @@ impl Capture {
             };
             tracker.resumable(Some(Box::new(resume))).await?;
         }
-        Ok(Begun { volume, live, from: None })
+        let iscsi = tracker.owed_iscsi().map(|undo| work.comes_back(undo));
+        Ok(Begun { volume, live, from: None, iscsi })
     }
 
     /// Finds what an earlier process was reading, and where it stood.
@@ -203,7 +226,7 @@ impl Capture {
         let from = interrupted.encoder()?;
         let known = from.as_ref().map_or(0, Resumed::next_extent) * EXTENT_SIZE;
         tracker.log(format!("{} of the volume are in the store already", ByteSize(known)));
-        Ok(Begun { volume, live, from })
+        Ok(Begun { volume, live, from, iscsi: None })
     }
 
     fn store(&self) -> String {
@@ -230,11 +253,10 @@ impl Capture {
     async fn transfer(
         &mut self,
         work: &Work,
-        begun: Begun,
+        (volume, live, from): (Box<dyn HeldVolume>, Option<Live>, Option<Resumed>),
         line: Line<'_>,
         tracker: &mut Tracker,
     ) -> Result<()> {
-        let Begun { volume, live, from } = begun;
         let snapshot = volume.snapshot();
         self.tell_oddities(work, &*volume, tracker);
         check(line.stop)?;

@@ -148,6 +148,7 @@ async fn drive(work: Work, job: Job, task: Task) {
         inner.catalogue.end(&image);
     }
     tracker.finish(outcome).await;
+    work.goes_on_giving_back(&state.borrow().clone());
 }
 
 /// Gives an instance back what a failed capture took. What cannot be done

@@ -7,7 +7,10 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::time::timeout;
+use tokio::{
+    task::JoinSet,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -32,8 +35,43 @@ use crate::{
 };
 
 /// For a guest at a start, before requests are served; what is not done by
-/// then is left to the next, or to who asks for it.
-const AT_START: Duration = Duration::from_secs(120);
+/// then is tried beside them.
+const AT_START: Duration = Duration::from_secs(60);
+
+/// How long a guest that was shut down may take until it has its iSCSI back,
+/// after the image was made.
+const BACK: Duration = Duration::from_secs(600);
+
+/// Between tries.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// A guest's iSCSI, on its way back. Dropped, it is left to who drives the
+/// work request.
+#[derive(Debug)]
+pub(super) struct ComingBack(JoinSet<()>, IscsiUndo);
+
+impl ComingBack {
+    /// Waits until the guest has it. A guest that does not come back is told
+    /// of, and makes no image worse.
+    pub(super) async fn wait(
+        mut self,
+        work: &Work,
+        tracker: &mut Tracker,
+        stop: &CancellationToken,
+    ) -> Result<()> {
+        tracker.phase(Phase::Reconnect).await?;
+        let came = tokio::select! {
+            came = timeout(BACK, self.0.join_next()) => matches!(came, Ok(Some(Ok(())))),
+            () = stop.cancelled() => false,
+        };
+        if came {
+            tracker.log("the guest has its iSCSI back".into());
+            tracker.owe_iscsi(None).await?;
+            wipe(&work.0.ports, &self.1).await;
+        }
+        Ok(())
+    }
+}
 
 /// An accepted order to give back.
 #[derive(Debug)]
@@ -130,6 +168,46 @@ impl Work {
             .field("instance_id"))
     }
 
+    /// Gives back what was taken as soon as the guest's agent answers.
+    pub(super) fn comes_back(&self, undo: IscsiUndo) -> ComingBack {
+        let (ports, of) = (self.0.ports.clone(), undo.clone());
+        let mut task = JoinSet::new();
+        task.spawn(async move {
+            while let Err(error) = give_back(&ports, &of, Arc::default()).await {
+                tracing::debug!(instance = of.instance, "{error:?}");
+                sleep(PAUSE).await;
+            }
+        });
+        ComingBack(task, undo)
+    }
+
+    /// Goes on giving back what `request` took, beside all else and for a
+    /// while: its guest may be booting.
+    pub(super) fn goes_on_giving_back(&self, request: &WorkRequest) {
+        let Some(undo) = request.iscsi.clone().filter(|_| !is_wanted(request)) else { return };
+        let (work, id, closing) = (self.clone(), request.id.clone(), self.0.closing.clone());
+        let given = async move {
+            let ComingBack(mut task, undo) = work.comes_back(undo);
+            let Ok(Some(_)) = timeout(BACK, task.join_next()).await else { return };
+            tracing::warn!(instance = undo.instance, "gave it its iSCSI back");
+            if let Err(error) = work.settle(&id, &undo).await {
+                tracing::error!(instance = undo.instance, "{error:?}");
+            }
+        };
+        self.0.tasks.spawn(async move {
+            tokio::select! { () = given => {}, () = closing.cancelled() => {} }
+        });
+    }
+
+    /// What `id` took was given back.
+    async fn settle(&self, id: &WorkRequestId, undo: &IscsiUndo) -> Result<()> {
+        if let Some(settled) = self.0.registry.settle_iscsi(id) {
+            self.0.ports.journal.put(&settled).await?;
+        }
+        wipe(&self.0.ports, undo).await;
+        Ok(())
+    }
+
     /// Takes it. After an error it is given back by who drives the request.
     pub(super) async fn disconnect(
         &self,
@@ -161,13 +239,8 @@ impl Reconnect {
     /// Gives it back.
     pub(super) async fn run(self: Box<Self>, work: &Work, tracker: &mut Tracker) -> Result<()> {
         tracker.phase(Phase::Reconnect).await?;
-        let ports = &work.0.ports;
-        give_back(ports, &self.undo, tracker.recorder()).await?;
-        if let Some(settled) = work.0.registry.settle_iscsi(&self.by) {
-            ports.journal.put(&settled).await?;
-        }
-        wipe(ports, &self.undo).await;
-        Ok(())
+        give_back(&work.0.ports, &self.undo, tracker.recorder()).await?;
+        work.settle(&self.by, &self.undo).await
     }
 }
 
@@ -206,22 +279,24 @@ pub(super) async fn undo(work: &Work, tracker: &Tracker, undo: &IscsiUndo) {
         Ok(()) => wipe(ports, undo).await,
         Err(error) => {
             tracker.log(format!(
-                "the next start of imaged, or `imagectl instance iscsi reconnect`, will give \
-                 instance {:?} its iSCSI back: {error}",
-                undo.instance
+                "instance {:?} could not be given its iSCSI back, which is tried for {} min more, \
+                 by the next start and by `imagectl instance iscsi reconnect`: {error}",
+                undo.instance,
+                BACK.as_secs() / 60
             ));
             tracing::error!(instance = undo.instance, "{error:?}");
         }
     }
 }
 
+/// What was asked to be taken, and was, stays so.
+fn is_wanted(request: &WorkRequest) -> bool {
+    request.operation == Operation::DisconnectIscsi && request.status == Status::Succeeded
+}
+
 /// Gives back what dead requests took, all at once, and wipes what nothing
 /// needs any more.
 pub(super) async fn recover(ports: &Ports, requests: &mut [WorkRequest]) -> Result<()> {
-    // What was asked to be taken, and was, stays so.
-    let is_wanted = |request: &WorkRequest| {
-        request.operation == Operation::DisconnectIscsi && request.status == Status::Succeeded
-    };
     let owing = requests.iter_mut().filter(|request| !is_wanted(request));
     let given = owing.map(async |request| {
         let Some(undo) = request.iscsi.clone() else { return Ok(()) };
@@ -238,9 +313,10 @@ pub(super) async fn recover(ports: &Ports, requests: &mut [WorkRequest]) -> Resu
             Err(error) => {
                 tracing::error!(instance = undo.instance, "{error:?}");
                 format!(
-                    "instance {:?} could not be given its iSCSI back, the next start tries again, \
-                     and so does `imagectl instance iscsi reconnect`: {}",
+                    "instance {:?} could not be given its iSCSI back, which is tried for {} min \
+                     more, by the next start and by `imagectl instance iscsi reconnect`: {}",
                     undo.instance,
+                    BACK.as_secs() / 60,
                     super::recover::in_one_line(&error)
                 )
             }

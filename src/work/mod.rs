@@ -57,6 +57,7 @@ use crate::{
         host::Feature,
         image::{Image, ImageState},
         instance::{Instance, PowerState},
+        iscsi::Policy,
         live::Mode,
         trace::Trace,
         work_request::{NewRates, Operation, Rates, Resource, Retry, WorkRequest},
@@ -186,6 +187,9 @@ impl Work {
         for request in interrupted {
             work.go_on(request).await?;
         }
+        for request in work.0.registry.all() {
+            work.goes_on_giving_back(&request);
+        }
         Ok(work)
     }
 
@@ -211,6 +215,7 @@ impl Work {
             image: interrupted.image(),
             instance,
             mode: Mode::Crash,
+            iscsi: Policy::NotAsked,
             interrupted: Some(interrupted),
         };
         self.0.catalogue.begin(capture.image.clone());

@@ -10,6 +10,7 @@ use crate::{
     model::{
         CompartmentId, ImageId,
         image::{Compression, LaunchMode},
+        iscsi::Policy,
         live::Mode,
         work_request::{Rates, Retry},
     },
@@ -33,6 +34,8 @@ pub struct CreateImage {
     pub compression: Compression,
     /// How the point in time of a running instance is taken.
     pub mode: Mode,
+    /// What is done about its iSCSI.
+    pub iscsi: Policy,
     /// How fast it may go. Another rate makes no other order.
     pub rates: Rates,
     /// Makes asking twice asking once.
@@ -140,6 +143,24 @@ pub struct Guest {
     pub requested_by: String,
 }
 
+/// Only a guest that is started again can be given it back.
+pub(super) fn check_iscsi(wanted: &CreateImage) -> Result<()> {
+    let stops = matches!(wanted.mode, Mode::Stop(_));
+    let of_instance = matches!(wanted.source, Source::Instance(_));
+    match wanted.iscsi {
+        Policy::Disconnect if !(stops && of_instance) => {
+            let context = "iSCSI is disconnected for the image of an instance that is shut down";
+            Err(Error::new(Reason::InvalidParameter, context)
+                .advice(
+                    "ask with --consistency stop, or disconnect it before and reconnect it after: \
+                     `imagectl instance iscsi disconnect`",
+                )
+                .field("iscsi"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// What is wrong is told of `field`.
 pub(super) fn check_path(path: &Path, field: &'static str) -> Result<PathBuf> {
     if path.is_absolute() {
@@ -181,13 +202,14 @@ pub(super) fn fingerprint(wanted: &CreateImage) -> String {
         launch_mode,
         compression,
         mode,
+        iscsi,
         rates: _,
         retry_token: _,
         requested_by: _,
     } = wanted;
     format!(
         "create {source:?} {compartment_id:?} {display_name:?} {freeform_tags:?} {launch_mode} \
-         {compression} {mode:?}"
+         {compression} {mode:?} {iscsi:?}"
     )
 }
 

@@ -15,7 +15,7 @@ use super::{
     export::Export,
     order::{
         CreateImage, Destination, ExportImage, RehearseImage, RestoreVolume, Source, VerifyImage,
-        check_name, check_path, compact, fingerprint, retry,
+        check_iscsi, check_name, check_path, compact, fingerprint, retry,
     },
     preflight,
     registry::Admitted,
@@ -51,6 +51,7 @@ impl Work {
             return Ok((self.image_of(&known).await?, known));
         }
         check_name(wanted.display_name.as_deref())?;
+        check_iscsi(&wanted)?;
         let (origin, instance) = self.origin(&wanted).await?;
         let now = self.0.ports.clock.now();
         let id = ImageId::generate(now, self.0.ports.clock.random());
@@ -93,8 +94,13 @@ impl Work {
         };
         let image = self.accept(&request, instance.as_ref(), image, wanted.mode).await?;
         self.0.catalogue.begin(image.clone());
-        let capture =
-            Capture { image: image.clone(), instance, mode: wanted.mode, interrupted: None };
+        let capture = Capture {
+            image: image.clone(),
+            instance,
+            mode: wanted.mode,
+            iscsi: wanted.iscsi,
+            interrupted: None,
+        };
         driver::spawn(self, reservation, Task::Capture(Box::new(capture)));
         Ok((Some(image), request))
     }

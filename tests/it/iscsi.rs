@@ -248,11 +248,26 @@ fn qemu_iscsi_is_taken_and_given_back() {
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     attached.assert_it_is_back(&daemon);
 
-    // An image in between has no record, nor its secret in any block, and the
-    // guest gets it all back after the reboot.
-    let done = daemon.imagectl(&DISCONNECT);
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    let image = capture(&daemon, &["--consistency", "stop"]);
+    let log = std::fs::read_to_string(dir.join("log")).unwrap();
+    assert!(!log.contains(SECRET));
+    daemon.stop();
+    // Neither in the journal.
+    let journal = std::fs::read(dir.join("state/journal.redb")).unwrap();
+    assert!(!journal.windows(SECRET.len()).any(|bytes| bytes == SECRET.as_bytes()));
+}
+
+/// The image has no record, nor its secret in any block, and the guest gets it
+/// all back after the reboot.
+#[test]
+#[ignore = "needs root, QEMU, tgt and minutes"]
+fn qemu_iscsi_is_taken_for_an_image_and_given_back() {
+    let attached = Attached::new();
+    let guest = &attached.guest;
+    let dir = guest.disk().parent().unwrap().to_owned();
+    let daemon = Daemon::start_logged(&dir, &config(guest));
+    let image = capture(&daemon, &["--consistency", "stop", "--iscsi", "disconnect"]);
+    assert_eq!(image["consistency"], "CLEAN");
+    println!("{}", image["time-line"]);
     let raw = dir.join("raw");
     let object = object(&daemon, &image).display().to_string();
     run("qemu-img", &["convert", "-f", "qcow2", "-O", "raw", &object, raw.to_str().unwrap()]);
@@ -261,19 +276,47 @@ fn qemu_iscsi_is_taken_and_given_back() {
     let root = format!("{}?offset=1048576", raw.display());
     let left = run("debugfs", &["-R", "ls -p /etc/iscsi/nodes", &root]);
     assert_eq!(left.matches("iqn").count(), 0, "{left}");
-    guest.vm("wait-agent", &[]);
-    // As its unit would.
-    guest.sh("modprobe -a iscsi_tcp sd_mod; iscsid");
-    let done = daemon.imagectl(&RECONNECT);
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert_eq!(sealed(&dir), 0);
     attached.assert_it_is_back(&daemon);
+    let said = daemon.refusal(
+        &[
+            &["image", "create", "--instance-id", "web-1"][..],
+            &["--iscsi", "disconnect"],
+            &["--consistency", "crash"],
+        ]
+        .concat(),
+    );
+    insta::assert_snapshot!(said, @"
+    imagectl: iSCSI is disconnected for the image of an instance that is shut down
+      at --iscsi
+      reason: INVALID_PARAMETER
+      help: ask with --consistency stop, or disconnect it before and reconnect it after: `imagectl instance iscsi disconnect`
+    ");
+}
 
-    let log = std::fs::read_to_string(dir.join("log")).unwrap();
-    assert!(!log.contains(SECRET));
-    daemon.stop();
-    // Neither in the journal.
-    let journal = std::fs::read(dir.join("state/journal.redb")).unwrap();
-    assert!(!journal.windows(SECRET.len()).any(|bytes| bytes == SECRET.as_bytes()));
+/// The worst moment: it is disconnected, and shut down.
+#[test]
+#[ignore = "needs root, QEMU, tgt and minutes"]
+fn qemu_iscsi_comes_back_when_imaged_dies_while_the_guest_is_shut_down() {
+    let attached = Attached::new();
+    let guest = &attached.guest;
+    let dir = guest.disk().parent().unwrap().to_owned();
+    let mut dying = config(guest);
+    dying.environment = vec![("IMAGED_TEST_DIES".into(), "before system_reset 1".into())];
+    let daemon = Daemon::start_logged(&dir, &dying);
+    let create = ["image", "create", "--instance-id", "web-1", "--consistency", "stop"];
+    daemon.imagectl(&[&create[..], &["--iscsi", "disconnect"]].concat());
+    assert!(daemon.is_killed_at_work());
+    drop(daemon);
+    assert_eq!(attached.tgt.sessions(), [0; 0]);
+    let daemon = Daemon::start_logged(&dir, &config(guest));
+    // Emulated, a boot takes its time.
+    wait_for("the guest to have it back", Duration::from_secs(300), || {
+        (attached.tgt.sessions().len() == 2 && sealed(&dir) == 0).then_some(())
+    });
+    attached.assert_it_is_back(&daemon);
+    let requests = daemon.json(&["work-request", "list", "--limit", "1"])["data"].clone();
+    assert_eq!(requests[0]["status"], "FAILED", "{requests}");
 }
 
 #[test]

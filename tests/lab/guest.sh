@@ -93,6 +93,10 @@ for dev in /sys/class/net/e*; do
 	break
 done
 
+# As its units would.
+modprobe -a iscsi_tcp sd_mod
+iscsid
+
 while :; do
 	qemu-ga --method=virtio-serial --path=/dev/virtio-ports/org.qemu.guest_agent.0
 	sleep 1

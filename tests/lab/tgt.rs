@@ -94,8 +94,9 @@ impl Tgt {
     /// `iscsiadm`'s.
     pub fn record(&self, guest: &Guest, iqn: &str, chap: bool, settings: &[(&str, &str)]) {
         let of = format!("iscsiadm -m node -T {iqn} -p {}", self.portal());
-        let mut script =
-            format!("set -e; modprobe -a iscsi_tcp sd_mod; pgrep iscsid >/dev/null || iscsid; {of} -o new\n");
+        let mut script = format!(
+            "set -e; modprobe -a iscsi_tcp sd_mod; pgrep iscsid >/dev/null || iscsid; {of} -o new\n"
+        );
         let auth = [("authmethod", "CHAP"), ("username", USER), ("password", SECRET)];
         let auth = auth.map(|(name, value)| (format!("node.session.auth.{name}"), value));
         let auth = auth.iter().filter(|_| chap).map(|(name, value)| (name.as_str(), *value));

@@ -151,6 +151,9 @@ fn create_request(args: ImageCreate) -> Result<pb::CreateImageRequest, Failure> 
             .compression
             .map_or_else(Default::default, |method| pb::Compression::from(method).into()),
         snapshot_mode: snapshot_mode(args.consistency, args.force_stop)?,
+        iscsi_policy: args.iscsi.map_or_else(Default::default, |policy| {
+            pb::create_image_request::IscsiPolicy::from(policy).into()
+        }),
         max_upload_rate: args.max_upload_rate.unwrap_or_default(),
         max_read_rate: args.max_read_rate.unwrap_or_default(),
         retry_token: token(args.retry_token)?,
