@@ -135,10 +135,10 @@ impl Capture {
             };
             let Begun { volume, live, from, iscsi } = begun;
             self.transfer(work, (volume, live, from), line, tracker).await?;
-            match iscsi {
-                Some(coming) => coming.wait(work, tracker, stop).await,
-                None => Ok(()),
+            if let Some(coming) = iscsi {
+                coming.wait(work, tracker, stop).await;
             }
+            Ok(())
         };
         let Err(error) = done.await else { return Ok(()) };
         if error.reason() == Reason::Canceled && tracker.is_left_to_a_later_process() {

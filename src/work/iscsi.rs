@@ -48,28 +48,33 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// A guest's iSCSI, on its way back. Dropped, it is left to who drives the
 /// work request.
 #[derive(Debug)]
-pub(super) struct ComingBack(JoinSet<()>, IscsiUndo);
+pub(super) struct ComingBack(JoinSet<bool>, IscsiUndo);
 
 impl ComingBack {
-    /// Waits until the guest has it. A guest that does not come back is told
-    /// of, and makes no image worse.
+    /// Waits until the guest has it. Never fails: the image is made, and what
+    /// is not given back by now is still owed.
     pub(super) async fn wait(
         mut self,
         work: &Work,
         tracker: &mut Tracker,
         stop: &CancellationToken,
-    ) -> Result<()> {
-        tracker.phase(Phase::Reconnect).await?;
-        let came = tokio::select! {
-            came = timeout(BACK, self.0.join_next()) => matches!(came, Ok(Some(Ok(())))),
-            () = stop.cancelled() => false,
+    ) {
+        let settled = async {
+            tracker.phase(Phase::Reconnect).await?;
+            let came = tokio::select! {
+                came = timeout(BACK, self.0.join_next()) => matches!(came, Ok(Some(Ok(true)))),
+                () = stop.cancelled() => false,
+            };
+            if came {
+                tracker.log("the guest has its iSCSI back".into());
+                tracker.owe_iscsi(None).await?;
+                wipe(&work.0.ports, &self.1).await;
+            }
+            Ok::<(), Error>(())
         };
-        if came {
-            tracker.log("the guest has its iSCSI back".into());
-            tracker.owe_iscsi(None).await?;
-            wipe(&work.0.ports, &self.1).await;
+        if let Err(error) = settled.await {
+            tracing::error!(instance = self.1.instance, "{error:?}");
         }
-        Ok(())
     }
 }
 
@@ -173,8 +178,13 @@ impl Work {
         let (ports, of) = (self.0.ports.clone(), undo.clone());
         let mut task = JoinSet::new();
         task.spawn(async move {
-            while let Err(error) = give_back(&ports, &of, Arc::default()).await {
-                tracing::debug!(instance = of.instance, "{error:?}");
+            loop {
+                match give_back(&ports, &of, Arc::default()).await {
+                    Ok(()) => return true,
+                    // It is not kept any more, or cannot be opened.
+                    Err(error) if error.reason() == Reason::JournalFailed => return false,
+                    Err(error) => tracing::debug!(instance = of.instance, "{error:?}"),
+                }
                 sleep(PAUSE).await;
             }
         });
@@ -188,7 +198,7 @@ impl Work {
         let (work, id, closing) = (self.clone(), request.id.clone(), self.0.closing.clone());
         let given = async move {
             let ComingBack(mut task, undo) = work.comes_back(undo);
-            let Ok(Some(_)) = timeout(BACK, task.join_next()).await else { return };
+            let Ok(Some(Ok(true))) = timeout(BACK, task.join_next()).await else { return };
             tracing::warn!(instance = undo.instance, "gave it its iSCSI back");
             if let Err(error) = work.settle(&id, &undo).await {
                 tracing::error!(instance = undo.instance, "{error:?}");
