@@ -348,7 +348,9 @@ fn loop_a_stop_ends_the_reading_within_a_second_and_no_memory_stays() {
         }
     }
     let grown = resident().saturating_sub(before);
-    assert!(grown < 48, "{grown} MiB stayed behind after 35 readings of 16 MiB of buffers");
+    // Were those of one engine kept, it would be 280 MiB; other tests of this
+    // process have some tens.
+    assert!(grown < 160, "{grown} MiB stayed behind after 35 readings of 16 MiB of buffers");
 }
 
 /// A QEMU that has `path` as a disk, stopped before its first instruction.
