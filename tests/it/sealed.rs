@@ -183,7 +183,7 @@ fn root_export_to_a_url_that_cannot_be_aborted_says_what_is_left() {
     let host = daemon.json(&["host", "get"])["data"]["features"].clone();
     let sealing = host.as_array().unwrap().iter().find(|feature| feature["name"] == "sealing");
     assert_eq!(sealing.unwrap()["available"], false);
-    insta::assert_snapshot!(sealing.unwrap()["details"].as_str().unwrap(), @"there is no systemd-creds on this host; it comes with systemd 250 and newer; without it a crash of imaged leaves its upload to a URL");
+    insta::assert_snapshot!(sealing.unwrap()["details"].as_str().unwrap(), @"there is no systemd-creds on this host; it comes with systemd 250 and newer; without it a crash of imaged leaves its upload to a URL, and no guest is disconnected from iSCSI");
 }
 
 #[test]
