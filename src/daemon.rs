@@ -30,7 +30,7 @@ use crate::{
     error::{Context, Error, Reason, Result},
     journal::Journal,
     model::{host::Feature, instance::Instance, work_request::Rates},
-    port::{Clock, Hypervisor, Inspector, ObjectStore, Outlets, Vault, Volumes},
+    port::{Clock, Guests, Hypervisor, Inspector, ObjectStore, Outlets, Vault, Volumes},
     rpc::{self, HostFacts, StoreState},
     steps,
     work::{Burden, Ports, Settings, Work},
@@ -49,6 +49,8 @@ pub struct Parts {
     pub clock: Arc<dyn Clock>,
     /// What runs the instances.
     pub hypervisor: Arc<dyn Hypervisor>,
+    /// Their guests.
+    pub guests: Arc<dyn Guests>,
     /// The volumes of this host.
     pub volumes: Arc<dyn Volumes>,
     /// Where images are kept; the configuration's default store among them.
@@ -110,6 +112,7 @@ where
     let ports = Ports {
         clock: parts.clock,
         hypervisor: parts.hypervisor,
+        guests: parts.guests,
         volumes: parts.volumes,
         stores: parts.stores,
         outlets: parts.outlets,

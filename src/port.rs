@@ -26,7 +26,7 @@ mod guest;
 mod store;
 mod volume;
 
-pub use guest::{DiskWork, Hypervisor, LiveSnapshot, Pace, Prepared, SnapshotOrder};
+pub use guest::{DiskWork, Guests, Hypervisor, LiveSnapshot, Pace, Prepared, SnapshotOrder};
 pub use store::{
     Body, Delete, Delivery, ObjectReader, ObjectStore, Outlet, Outlets, Over, Part, ReadAt, Sealed,
     Upload, pieces,

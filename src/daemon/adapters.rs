@@ -39,7 +39,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let reader = ReaderSettings { engine, depth: (config.read_depth.get() / captures).max(1) };
     let host_id = host_id()?;
     let guards = Arc::default();
-    let hypervisors = Hosts {
+    let hosts = Arc::new(Hosts {
         qemu: QemuHost::new(config.scratch_dir.clone(), Arc::clone(&guards)),
         libvirt: LibvirtHost::new(
             config.libvirt_uri,
@@ -48,7 +48,7 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
             config.scratch_dir,
             guards,
         ),
-    };
+    });
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new()?);
     let owner = Owner { state_dir: config.state_dir, host_id };
     let vault = SystemdVault::new(owner.state_dir.join("sealed"));
@@ -62,7 +62,8 @@ pub async fn wire(config: Config, instances: Vec<Instance>) -> Result<Parts> {
     let confinement = confinement(workers.clone()).await?;
     Ok(Parts {
         clock: Arc::clone(&clock),
-        hypervisor: Arc::new(hypervisors),
+        hypervisor: Arc::clone(&hosts) as _,
+        guests: hosts,
         volumes: Arc::new(
             HostVolumes::new(allowed, reader).restoring_to(config.restore_dirs).snapshotting(lvm),
         ),

@@ -6,7 +6,7 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     COMMAND,
-    agent::{Agent, FreezeStatus, GuestProcess, GuestProgram},
+    agent::{Agent, FreezeStatus, GuestProgram},
     within,
 };
 use crate::{
@@ -118,19 +118,20 @@ impl Freezer {
         let nothing = matches!(&frozen, Err(error) if nothing_frozen(error));
         let thawed = if nothing { Ok(0) } else { thaw(&self.agent, recorder).await };
         let window = begun.elapsed();
-        if fuse.is_some() {
+        if fuse {
             disarm(&self.agent, recorder).await;
         }
         let filesystems = frozen?;
         let work = worked?;
-        let frozen = Frozen { filesystems, thawed: thawed?, window, fuse: fuse.is_some() };
+        let frozen = Frozen { filesystems, thawed: thawed?, window, fuse };
         Ok((work, frozen))
     }
 
-    /// A guest without the programs that a fuse needs is frozen without one.
-    async fn arm(&self, recorder: &Recorder) -> Option<GuestProcess> {
+    /// Whether it is armed: a guest without the programs that a fuse needs is
+    /// frozen without one.
+    async fn arm(&self, recorder: &Recorder) -> bool {
         if !self.fuses {
-            return None;
+            return false;
         }
         let seconds = u32::try_from(self.deadline.as_secs()).unwrap_or(u32::MAX);
         let after_seconds = NonZeroU32::new(seconds).unwrap_or(NonZeroU32::MIN);
@@ -139,25 +140,25 @@ impl Freezer {
             let process = self.agent.start(fuse, within(COMMAND)).await?;
             let status = self.agent.status(process, within(COMMAND)).await?;
             match status.exited {
-                false => Ok(process),
+                false => Ok(()),
                 true => Err(Error::new(Reason::GuestAgentRefused, "the fuse ended at once")),
             }
         };
-        match armed.await {
-            Ok(process) => Some(process),
-            Err(error) => {
-                recorder.note(format!("no fuse: {error}"));
-                None
-            }
-        }
+        armed.await.inspect_err(|error| recorder.note(format!("no fuse: {error}"))).is_ok()
     }
 }
 
 /// Ends the guest's fuses, also those that a dead imaged has left: one that
-/// blows later would thaw the next freeze. Whether one blew is seen by the
-/// counts.
+/// blows later would thaw the next freeze. They are gone when this returns, or
+/// the next freeze's fuse would be ended with them. Whether one blew is seen by
+/// the counts.
 pub(super) async fn disarm(agent: &Agent, recorder: &Recorder) {
-    if let Err(error) = agent.start(GuestProgram::DisarmFuses, within(COMMAND)).await {
+    let deadline = within(COMMAND);
+    let ended = async {
+        let process = agent.start(GuestProgram::DisarmFuses, deadline).await?;
+        agent.ended(process, "end its fuses", deadline).await
+    };
+    if let Err(error) = ended.await {
         recorder.note(format!("a fuse is left to burn down, if there is one: {error}"));
     }
 }

@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use super::{LibvirtHost, QemuHost};
+use super::{COMMAND, LibvirtHost, QemuHost, agent::Agent, iscsi, within};
 use crate::{
-    error::Result,
+    error::{Error, Reason, Result},
     model::{
         host::Feature,
         instance::{Instance, Machine, PowerState},
@@ -13,7 +13,7 @@ use crate::{
         live::Undo,
         upload::ResumeSource,
     },
-    port::{BoxFuture, Hypervisor, LiveSnapshot, Prepared, Secret, SnapshotOrder},
+    port::{BoxFuture, Guests, Hypervisor, LiveSnapshot, Prepared, Secret, SnapshotOrder},
     recorder::Recorder,
 };
 
@@ -35,6 +35,23 @@ impl Hosts {
     }
 }
 
+impl Hosts {
+    /// The agent of a guest. One of a QEMU has answered.
+    async fn agent(&self, machine: &Machine, recorder: Arc<Recorder>) -> Result<Agent> {
+        let sockets = match machine {
+            Machine::Qemu(sockets) => sockets,
+            Machine::Domain(_) => return self.libvirt.agent(machine, recorder),
+        };
+        let Some(socket) = &sockets.agent_socket else {
+            let error = Error::new(Reason::GuestAgentUnavailable, "nothing can ask the guest");
+            return Err(error
+                .because("the instance's file in `instances.d` names no `agent_socket`")
+                .advice("start qemu-guest-agent in the guest, and name its socket there"));
+        };
+        Agent::connect(socket, recorder, within(COMMAND)).await
+    }
+}
+
 impl Hypervisor for Hosts {
     fn instances(&self) -> BoxFuture<'_, Vec<Instance>> {
         self.libvirt.instances()
@@ -46,36 +63,6 @@ impl Hypervisor for Hosts {
 
     fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState> {
         self.of(&instance.machine).power_state(instance)
-    }
-
-    fn iscsi<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, Result<Iscsi>> {
-        self.of(&instance.machine).iscsi(instance)
-    }
-
-    fn keep_iscsi<'a>(
-        &'a self,
-        instance: &'a Instance,
-        recorder: Arc<Recorder>,
-    ) -> BoxFuture<'a, Result<Option<Secret>>> {
-        self.of(&instance.machine).keep_iscsi(instance, recorder)
-    }
-
-    fn disconnect_iscsi<'a>(
-        &'a self,
-        machine: &'a Machine,
-        kept: &'a Secret,
-        recorder: Arc<Recorder>,
-    ) -> BoxFuture<'a, Result<()>> {
-        self.of(machine).disconnect_iscsi(machine, kept, recorder)
-    }
-
-    fn reconnect_iscsi<'a>(
-        &'a self,
-        machine: &'a Machine,
-        kept: &'a Secret,
-        recorder: Arc<Recorder>,
-    ) -> BoxFuture<'a, Result<()>> {
-        self.of(machine).reconnect_iscsi(machine, kept, recorder)
     }
 
     fn prepare<'a>(
@@ -98,5 +85,45 @@ impl Hypervisor for Hosts {
 
     fn undo<'a>(&'a self, undo: &'a Undo, recorder: Arc<Recorder>) -> BoxFuture<'a, Result<()>> {
         self.of(&undo.machine).undo(undo, recorder)
+    }
+}
+
+impl Guests for Hosts {
+    fn iscsi<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, Result<Iscsi>> {
+        Box::pin(async move {
+            let agent = self.agent(&instance.machine, Arc::default()).await?;
+            iscsi::survey(&agent, &instance.name).await
+        })
+    }
+
+    fn keep_iscsi<'a>(
+        &'a self,
+        instance: &'a Instance,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<Option<Secret>>> {
+        Box::pin(async move {
+            let agent = self.agent(&instance.machine, recorder).await?;
+            iscsi::keep(&agent, &instance.name).await
+        })
+    }
+
+    fn disconnect_iscsi<'a>(
+        &'a self,
+        machine: &'a Machine,
+        kept: &'a Secret,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<()>> {
+        Box::pin(
+            async move { iscsi::disconnect(&self.agent(machine, recorder).await?, kept).await },
+        )
+    }
+
+    fn reconnect_iscsi<'a>(
+        &'a self,
+        machine: &'a Machine,
+        kept: &'a Secret,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<()>> {
+        Box::pin(async move { iscsi::reconnect(&self.agent(machine, recorder).await?, kept).await })
     }
 }

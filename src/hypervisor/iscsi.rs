@@ -58,7 +58,7 @@ pub(super) async fn survey(agent: &Agent, name: &str) -> Result<Iscsi> {
         return Err(Error::new(Reason::GuestUnsupported, context)
             .advice("look in the guest: iSCSI Initiator, Targets and Favorite Targets"));
     }
-    let said = agent.run(GuestProgram::IscsiSurvey, within(SURVEY)).await?;
+    let said = agent.run(GuestProgram::IscsiSurvey, "tell of its iSCSI", within(SURVEY)).await?;
     read(&String::from_utf8_lossy(&said)).context(Reason::GuestAgentRefused, || {
         format!("what instance {name:?} says of its iSCSI cannot be understood")
     })
@@ -100,8 +100,8 @@ pub(super) async fn disconnect(agent: &Agent, kept: &Secret) -> Result<()> {
     Ok(())
 }
 
-/// Gives back what was kept, from wherever it stands. Repeating it changes
-/// nothing.
+/// Gives back what was kept, from wherever it stands: all that can be, though
+/// a target be away. Repeating it changes nothing.
 ///
 /// # Errors
 ///
@@ -112,13 +112,14 @@ pub(super) async fn reconnect(agent: &Agent, kept: &Secret) -> Result<()> {
         .decode(&plan.records)
         .context(Reason::Internal, || "the records that were kept cannot be read")?;
     step(agent, IscsiStep::Restore, records).await?;
-    step(agent, IscsiStep::LogIn, plan.login.into()).await?;
-    step(agent, IscsiStep::Mount, plan.mount.into()).await?;
-    Ok(())
+    let logged_in = step(agent, IscsiStep::LogIn, plan.login.into()).await;
+    let mounted = step(agent, IscsiStep::Mount, plan.mount.into()).await;
+    logged_in.and(mounted).map(drop)
 }
 
 async fn step(agent: &Agent, step: IscsiStep, input: Vec<u8>) -> Result<Vec<u8>> {
-    agent.run(GuestProgram::Iscsi { step, input: Input(input) }, within(STEP)).await
+    let program = GuestProgram::Iscsi { step, input: Input(input) };
+    agent.run(program, step.purpose(), within(STEP)).await
 }
 
 fn open(kept: &Secret) -> Result<Plan> {

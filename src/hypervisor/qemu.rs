@@ -11,22 +11,18 @@ use std::{
 use tokio::time::timeout;
 
 use super::{
-    COMMAND,
-    agent::Agent,
     guard::Guards,
-    iscsi, live,
+    live,
     qmp::{self, NoGreeting},
-    within,
 };
 use crate::{
-    error::{Context, Error, Reason, Result},
+    error::{Context, Reason, Result},
     model::{
-        instance::{Instance, Machine, PowerState},
-        iscsi::Iscsi,
+        instance::{Instance, PowerState},
         live::Undo,
         upload::ResumeSource,
     },
-    port::{BoxFuture, Hypervisor, LiveSnapshot, Prepared, Secret, SnapshotOrder},
+    port::{BoxFuture, Hypervisor, LiveSnapshot, Prepared, SnapshotOrder},
     recorder::Recorder,
 };
 
@@ -65,41 +61,6 @@ impl Hypervisor for QemuHost {
         })
     }
 
-    fn iscsi<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, Result<Iscsi>> {
-        Box::pin(async move {
-            let agent = agent(&instance.machine, Arc::default()).await?;
-            iscsi::survey(&agent, &instance.name).await
-        })
-    }
-
-    fn keep_iscsi<'a>(
-        &'a self,
-        instance: &'a Instance,
-        recorder: Arc<Recorder>,
-    ) -> BoxFuture<'a, Result<Option<Secret>>> {
-        Box::pin(async move {
-            iscsi::keep(&agent(&instance.machine, recorder).await?, &instance.name).await
-        })
-    }
-
-    fn disconnect_iscsi<'a>(
-        &'a self,
-        machine: &'a Machine,
-        kept: &'a Secret,
-        recorder: Arc<Recorder>,
-    ) -> BoxFuture<'a, Result<()>> {
-        Box::pin(async move { iscsi::disconnect(&agent(machine, recorder).await?, kept).await })
-    }
-
-    fn reconnect_iscsi<'a>(
-        &'a self,
-        machine: &'a Machine,
-        kept: &'a Secret,
-        recorder: Arc<Recorder>,
-    ) -> BoxFuture<'a, Result<()>> {
-        Box::pin(async move { iscsi::reconnect(&agent(machine, recorder).await?, kept).await })
-    }
-
     fn prepare<'a>(
         &'a self,
         instance: &'a Instance,
@@ -131,18 +92,6 @@ impl Hypervisor for QemuHost {
             Ok(())
         })
     }
-}
-
-/// The agent of a QEMU's guest, by which alone its iSCSI is known.
-async fn agent(machine: &Machine, recorder: Arc<Recorder>) -> Result<Agent> {
-    let socket = machine.sockets().and_then(|sockets| sockets.agent_socket.as_ref());
-    let Some(socket) = socket else {
-        let error = Error::new(Reason::GuestAgentUnavailable, "nothing can ask the guest");
-        return Err(error
-            .because("the instance's file in `instances.d` names no `agent_socket`")
-            .advice("start qemu-guest-agent in the guest, and name its socket there"));
-    };
-    Agent::connect(socket, recorder, within(COMMAND)).await
 }
 
 /// Greets and goes: QEMU serves one client at a time, so its monitor is held

@@ -42,6 +42,47 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// [`PowerState::Unknown`]. Bounded to a few seconds.
     fn power_state<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, PowerState>;
 
+    /// Looks whether a snapshot of the running `instance` can be taken in
+    /// this way, and changes nothing. What is said to it from here on is
+    /// recorded.
+    ///
+    /// # Errors
+    ///
+    /// All that begin with `HYPERVISOR_` and `GUEST_AGENT_`;
+    /// `SNAPSHOT_REFUSED` for what the instance lacks.
+    fn prepare<'a>(
+        &'a self,
+        instance: &'a Instance,
+        order: SnapshotOrder,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<Box<dyn Prepared>>>;
+
+    /// Takes over a snapshot that another session took and left: `source` is
+    /// a [`ResumeSource::Live`], `undo` its undo.
+    ///
+    /// # Errors
+    ///
+    /// As [`prepare`](Self::prepare); `SNAPSHOT_BROKEN` when it is not there
+    /// any more.
+    fn regain<'a>(
+        &'a self,
+        undo: &'a Undo,
+        source: &'a ResumeSource,
+        recorder: Arc<Recorder>,
+    ) -> BoxFuture<'a, Result<Box<dyn LiveSnapshot>>>;
+
+    /// Takes a snapshot back that another session took: thaws the guest,
+    /// gives it its disk back, removes what was added. What is gone already
+    /// is success, a QEMU that has ended too.
+    ///
+    /// # Errors
+    ///
+    /// As [`prepare`](Self::prepare): it is to be tried again.
+    fn undo<'a>(&'a self, undo: &'a Undo, recorder: Arc<Recorder>) -> BoxFuture<'a, Result<()>>;
+}
+
+/// The guests of instances, as their agents answer for them.
+pub trait Guests: Send + Sync + fmt::Debug {
     /// What of iSCSI the running `instance` has, as its guest says. Changes
     /// nothing; bounded to some minutes.
     ///
@@ -91,44 +132,6 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
         kept: &'a Secret,
         recorder: Arc<Recorder>,
     ) -> BoxFuture<'a, Result<()>>;
-
-    /// Looks whether a snapshot of the running `instance` can be taken in
-    /// this way, and changes nothing. What is said to it from here on is
-    /// recorded.
-    ///
-    /// # Errors
-    ///
-    /// All that begin with `HYPERVISOR_` and `GUEST_AGENT_`;
-    /// `SNAPSHOT_REFUSED` for what the instance lacks.
-    fn prepare<'a>(
-        &'a self,
-        instance: &'a Instance,
-        order: SnapshotOrder,
-        recorder: Arc<Recorder>,
-    ) -> BoxFuture<'a, Result<Box<dyn Prepared>>>;
-
-    /// Takes over a snapshot that another session took and left: `source` is
-    /// a [`ResumeSource::Live`], `undo` its undo.
-    ///
-    /// # Errors
-    ///
-    /// As [`prepare`](Self::prepare); `SNAPSHOT_BROKEN` when it is not there
-    /// any more.
-    fn regain<'a>(
-        &'a self,
-        undo: &'a Undo,
-        source: &'a ResumeSource,
-        recorder: Arc<Recorder>,
-    ) -> BoxFuture<'a, Result<Box<dyn LiveSnapshot>>>;
-
-    /// Takes a snapshot back that another session took: thaws the guest,
-    /// gives it its disk back, removes what was added. What is gone already
-    /// is success, a QEMU that has ended too.
-    ///
-    /// # Errors
-    ///
-    /// As [`prepare`](Self::prepare): it is to be tried again.
-    fn undo<'a>(&'a self, undo: &'a Undo, recorder: Arc<Recorder>) -> BoxFuture<'a, Result<()>>;
 }
 
 /// How fast a volume may be read: set by who watches its guest, obeyed by who

@@ -25,7 +25,12 @@ use super::{
 use crate::{
     catalogue::Found,
     error::{Error, Reason, Result},
-    model::{instance::Instance, live::Undo, upload::Resume, work_request::Status},
+    model::{
+        instance::Instance,
+        live::Undo,
+        upload::Resume,
+        work_request::{Phase, Status},
+    },
 };
 
 /// What is to be done.
@@ -94,7 +99,10 @@ async fn drive(work: Work, job: Job, task: Task) {
             Task::Restore(restore) => {
                 restore.run(&work, &mut tracker, &watchdog, &stop, place).await
             }
-            Task::Disconnect(instance) => work.disconnect(&instance, &mut tracker, &stop).await,
+            Task::Disconnect(instance) => {
+                tracker.phase(Phase::Preflight).await?;
+                work.disconnect(&instance, &mut tracker, &stop).await
+            }
             Task::Reconnect(reconnect) => reconnect.run(&work, &mut tracker).await,
         }
     };

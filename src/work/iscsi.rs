@@ -18,6 +18,7 @@ use super::{
     admission::Lock,
     driver::{Task, check},
     order::{Guest, retry},
+    recover::in_one_line,
     resolve,
     tracker::Tracker,
 };
@@ -65,11 +66,14 @@ impl ComingBack {
                 came = timeout(BACK, self.0.join_next()) => matches!(came, Ok(Some(Ok(true)))),
                 () = stop.cancelled() => false,
             };
-            if came {
-                tracker.log("the guest has its iSCSI back".into());
-                tracker.owe_iscsi(None).await?;
-                wipe(&work.0.ports, &self.1).await;
+            if !came {
+                let waited = Error::new(Reason::GuestAgentTimeout, "it was not waited for longer");
+                tracker.log(still_owed(&self.1, &waited));
+                return Ok(());
             }
+            tracker.log("the guest has its iSCSI back".into());
+            tracker.owe_iscsi(None).await?;
+            wipe(&work.0.ports, &self.1).await;
             Ok::<(), Error>(())
         };
         if let Err(error) = settled.await {
@@ -93,12 +97,12 @@ impl Work {
     /// # Errors
     ///
     /// `INSTANCE_NOT_FOUND`, `SOURCE_LOCKED`, `INVALID_PARAMETER` for one that
-    /// does not run, and those of [`Hypervisor::iscsi`](crate::port::Hypervisor::iscsi).
+    /// does not run, and those of [`Guests::iscsi`](crate::port::Guests::iscsi).
     pub async fn iscsi(&self, id_or_name: &str) -> Result<Iscsi> {
         let instance = self.instance(id_or_name).await?;
         self.0.registry.check_free(&lock(&instance).await)?;
         self.check_runs(&instance).await?;
-        self.0.ports.hypervisor.iscsi(&instance).await
+        self.0.ports.guests.iscsi(&instance).await
     }
 
     /// Accepts an order to take all iSCSI from an instance's guest.
@@ -225,9 +229,8 @@ impl Work {
         tracker: &mut Tracker,
         stop: &CancellationToken,
     ) -> Result<()> {
-        let Ports { hypervisor, vault, .. } = &self.0.ports;
-        tracker.phase(Phase::Preflight).await?;
-        let Some(kept) = hypervisor.keep_iscsi(instance, tracker.recorder()).await? else {
+        let Ports { guests, vault, .. } = &self.0.ports;
+        let Some(kept) = guests.keep_iscsi(instance, tracker.recorder()).await? else {
             tracker.log(format!("instance {:?} has nothing of iSCSI", instance.name));
             return Ok(());
         };
@@ -240,7 +243,7 @@ impl Work {
         tracker.owe_iscsi(Some(undo)).await?;
         tracker.phase(Phase::Disconnect).await?;
         // Not cut short: a step that goes on in the guest would meet its undo.
-        hypervisor.disconnect_iscsi(&instance.machine, &kept, tracker.recorder()).await?;
+        guests.disconnect_iscsi(&instance.machine, &kept, tracker.recorder()).await?;
         check(stop)
     }
 }
@@ -267,7 +270,7 @@ async fn give_back(ports: &Ports, undo: &IscsiUndo, recorder: Arc<Recorder>) -> 
         return Err(Error::new(Reason::JournalFailed, context)
             .advice("log in again in the guest: iscsiadm -m discovery, iscsiadm -m node --login"));
     };
-    ports.hypervisor.reconnect_iscsi(&undo.machine, &kept, recorder).await
+    ports.guests.reconnect_iscsi(&undo.machine, &kept, recorder).await
 }
 
 /// What is over. The next start wipes what cannot be wiped now.
@@ -288,15 +291,21 @@ pub(super) async fn undo(work: &Work, tracker: &Tracker, undo: &IscsiUndo) {
     match told {
         Ok(()) => wipe(ports, undo).await,
         Err(error) => {
-            tracker.log(format!(
-                "instance {:?} could not be given its iSCSI back, which is tried for {} min more, \
-                 by the next start and by `imagectl instance iscsi reconnect`: {error}",
-                undo.instance,
-                BACK.as_secs() / 60
-            ));
+            tracker.log(still_owed(undo, &error));
             tracing::error!(instance = undo.instance, "{error:?}");
         }
     }
+}
+
+/// What the log of a request says of what could not be given back.
+fn still_owed(undo: &IscsiUndo, error: &Error) -> String {
+    format!(
+        "instance {:?} does not have its iSCSI back, which is tried for {} min more, by the next \
+         start of imaged and by `imagectl instance iscsi reconnect`: {}",
+        undo.instance,
+        BACK.as_secs() / 60,
+        in_one_line(error)
+    )
 }
 
 /// What was asked to be taken, and was, stays so.
@@ -322,13 +331,7 @@ pub(super) async fn recover(ports: &Ports, requests: &mut [WorkRequest]) -> Resu
             }
             Err(error) => {
                 tracing::error!(instance = undo.instance, "{error:?}");
-                format!(
-                    "instance {:?} could not be given its iSCSI back, which is tried for {} min \
-                     more, by the next start and by `imagectl instance iscsi reconnect`: {}",
-                    undo.instance,
-                    BACK.as_secs() / 60,
-                    super::recover::in_one_line(&error)
-                )
+                still_owed(&undo, &error)
             }
         };
         tracing::warn!(work_request = %request.id, "{message}");

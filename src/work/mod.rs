@@ -62,7 +62,7 @@ use crate::{
         trace::Trace,
         work_request::{NewRates, Operation, Rates, Resource, Retry, WorkRequest},
     },
-    port::{Clock, Hypervisor, Inspector, Journal, ObjectStore, Outlets, Vault, Volumes},
+    port::{Clock, Guests, Hypervisor, Inspector, Journal, ObjectStore, Outlets, Vault, Volumes},
 };
 
 /// Everything that the work needs from the world.
@@ -72,6 +72,8 @@ pub struct Ports {
     pub clock: Arc<dyn Clock>,
     /// What runs the instances.
     pub hypervisor: Arc<dyn Hypervisor>,
+    /// Their guests.
+    pub guests: Arc<dyn Guests>,
     /// The volumes of this host.
     pub volumes: Arc<dyn Volumes>,
     /// Where images are kept.
@@ -414,7 +416,10 @@ impl Inner {
         if self.closing.is_cancelled() {
             return Err(Error::new(Reason::DaemonStopped, "imaged is being stopped"));
         }
-        self.gate.check()?;
+        // What was taken is given back also before a maintenance.
+        if request.operation != Operation::ReconnectIscsi {
+            self.gate.check()?;
+        }
         self.registry.admit(request, lock, self.settings.max_queued, self.closing.child_token())
     }
 

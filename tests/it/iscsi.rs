@@ -222,6 +222,22 @@ fn qemu_iscsi_is_taken_and_given_back() {
     assert_eq!(sealed(&dir), 1);
     // Twice is once.
     done(&DISCONNECT);
+    // A host that is about to be maintained gives back what it took.
+    done(&["host", "drain"]);
+    assert!(daemon.refusal(&DISCONNECT).contains("HOST_DRAINED"));
+    done(&RECONNECT);
+    done(&["host", "resume"]);
+    attached.assert_it_is_back(&daemon);
+    assert_eq!(sealed(&dir), 0);
+
+    // A target that is away keeps the others from nothing, and is tried again.
+    done(&DISCONNECT);
+    attached.tgt.admits(&attached.data, false);
+    let said = daemon.refusal(&RECONNECT);
+    assert!(said.contains("the guest did not log in to its iSCSI targets"), "{said}");
+    assert_eq!(of(&listed(&daemon), &attached.swap)["devices"][0]["uses"], json!(["swap"]));
+    assert_eq!(sealed(&dir), 1);
+    attached.tgt.admits(&attached.data, true);
     done(&RECONNECT);
     attached.assert_it_is_back(&daemon);
     assert_eq!(sealed(&dir), 0);

@@ -11,7 +11,7 @@ use imaged::{
     config::Config,
     daemon::{Parts, SystemClock, run},
     error::{Error, Reason, Result},
-    hypervisor::QemuHost,
+    hypervisor::{Hosts, LibvirtHost, QemuHost},
     model::{
         ByteSize, ImageId,
         host::{Feature, Space},
@@ -128,10 +128,17 @@ impl ObjectStore for EmptyStore {
 
 #[allow(clippy::unused_async, reason = "as the real one")]
 async fn empty(_: Config, _: Vec<Instance>) -> Result<Parts> {
+    let (uri, nowhere) = ("test:///".to_owned(), std::path::PathBuf::from("/nowhere"));
+    let compartment = "test".parse().unwrap();
+    let hosts = Hosts {
+        qemu: QemuHost::new(nowhere.clone(), Arc::default()),
+        libvirt: LibvirtHost::new(uri, "test".into(), compartment, nowhere, Arc::default()),
+    };
     let space = Space { free: ByteSize::gib(1), total: ByteSize::gib(4) };
     Ok(Parts {
         clock: Arc::new(SystemClock::new()?),
         hypervisor: Arc::new(QemuHost::new("/nowhere".into(), Arc::default())),
+        guests: Arc::new(hosts),
         volumes: Arc::new(NoVolumes),
         stores: vec![
             Arc::new(EmptyStore { name: "local", space: Some(space) }),

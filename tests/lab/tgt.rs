@@ -85,6 +85,14 @@ impl Tgt {
         iqn
     }
 
+    /// Whether anyone may log in to the target `iqn`.
+    pub fn admits(&self, iqn: &str, all: bool) {
+        let (_, tid) = iqn.rsplit_once(':').unwrap();
+        let op = if all { "bind" } else { "unbind" };
+        let target = ["--mode", "target", "--tid", tid, "--initiator-address", "ALL"];
+        self.told(&[&["--op", op], &target[..]].concat());
+    }
+
     /// Where the lab's guest reaches it, by QEMU's user network.
     pub fn portal(&self) -> String {
         format!("10.0.2.2:{}", self.port)

@@ -11,7 +11,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use super::words;
 use crate::{
     ctl::progress::amounts,
-    model::{ByteSize, Timestamp},
+    model::{ByteSize, Timestamp, iscsi::Portal},
     pb,
 };
 
@@ -277,11 +277,8 @@ pub(in crate::ctl) fn iscsi(
             or_none(attachment.devices.iter().flat_map(|device| device.uses.clone()).collect())
         }),
         column("PORTAL", 0, |attachment: &Attachment| {
-            let (address, port) = (&attachment.address, attachment.port);
-            match address.contains(':') {
-                true => format!("[{address}]:{port}"),
-                false => format!("{address}:{port}"),
-            }
+            let port = attachment.port.try_into().unwrap_or_default();
+            Portal { address: attachment.address.clone(), port }.to_string()
         }),
         column("TARGET", 0, |attachment: &Attachment| attachment.iqn.clone()),
     ];

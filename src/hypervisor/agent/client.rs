@@ -230,25 +230,43 @@ impl Agent {
         self.call(Call::ExecStatus { pid: process }, deadline).await
     }
 
-    /// Runs `program` to its end; what it printed. One that has not ended by
-    /// the deadline may go on in the guest.
+    /// Runs `program`, which is to do `purpose`, to its end; what it printed.
     ///
     /// # Errors
     ///
-    /// As [`ping`](Self::ping); `GUEST_AGENT_TIMEOUT` when it has not ended,
-    /// `GUEST_BUSY` when something is in use, `GUEST_AGENT_REFUSED` with its
-    /// own last words when it failed otherwise.
-    pub async fn run(&self, program: GuestProgram, deadline: Instant) -> Result<Vec<u8>> {
-        let (begun, purpose) = (Instant::now(), program.purpose());
+    /// As [`ended`](Self::ended); `GUEST_BUSY` when something is in use,
+    /// `GUEST_AGENT_REFUSED` with its own last words when it failed otherwise.
+    pub async fn run(
+        &self,
+        program: GuestProgram,
+        purpose: &str,
+        deadline: Instant,
+    ) -> Result<Vec<u8>> {
         let process = self.start(program, deadline).await?;
-        let mut pause = PAUSE;
+        let status = self.ended(process, purpose, deadline).await?;
+        match (status.exit_code, status.printed()) {
+            (Some(0), Some(printed)) => Ok(printed),
+            _ => Err(failed(purpose, &status)),
+        }
+    }
+
+    /// Waits for the end of a program that is to do `purpose`. One that has
+    /// not ended by the deadline may go on in the guest.
+    ///
+    /// # Errors
+    ///
+    /// As [`ping`](Self::ping); `GUEST_AGENT_TIMEOUT` when it has not ended.
+    pub async fn ended(
+        &self,
+        process: GuestProcess,
+        purpose: &str,
+        deadline: Instant,
+    ) -> Result<ExecStatus> {
+        let (begun, mut pause) = (Instant::now(), PAUSE);
         loop {
             let status = self.status(process, deadline).await?;
             if status.exited {
-                return match (status.exit_code, status.printed()) {
-                    (Some(0), Some(printed)) => Ok(printed),
-                    _ => Err(failed(purpose, &status)),
-                };
+                return Ok(status);
             }
             if Instant::now() + pause >= deadline {
                 let waited = seconds(begun.elapsed());

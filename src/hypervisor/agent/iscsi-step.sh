@@ -1,7 +1,7 @@
 #!/bin/sh
 # Does one step of taking iSCSI from this guest, or of giving it back: $1. What it is done to comes
 # from standard input, a line each, with tabs between its words. A step that was done is done again
-# without harm.
+# without harm. What gives back goes on where one thing fails, and fails at its end.
 #
 #   save      nothing                        prints all records: a tar archive
 #   unmount   umount PATH                    from the top down
@@ -96,7 +96,7 @@ is_there() {
 came_back() {
 	soon is_there "$@" && return
 	echo "disk $4, partition $5, of $1 did not come back" >&2
-	exit 1
+	return 1
 }
 
 unmount() {
@@ -143,30 +143,56 @@ forget() {
 	return 0
 }
 
+activate() {
+	soon lvchange -qq -ay "$1" || lvchange -ay "$1"
+}
+
+swap_on() {
+	came_back "$@" || return
+	found=$(device "$@")
+	grep -q "^${found}[[:space:]]" /proc/swaps || swapon "$found"
+}
+
+# Where, of which kind, how, what: a path, or the words of a disk.
+mount_it() {
+	mountpoint -q "$1" && return
+	at=$1 kind=$2 options=$3
+	shift 3
+	source=$1
+	if [ $# -gt 1 ]; then
+		came_back "$@" || return
+		source=$(device "$@")
+	fi
+	mkdir -p "$at" && mount -t "$kind" -o "$options" "$source" "$at"
+}
+
 mount_again() {
-	while IFS=$tab read -r what first second third fourth fifth sixth seventh eighth; do
+	failed=0
+	while read -r line; do
+		IFS=$tab
+		set -f
+		# shellcheck disable=SC2086 # its words
+		set -- $line
+		set +f
+		unset IFS
+		what=$1
+		shift
 		case $what in
-		activate)
-			soon lvchange -qq -ay "$first" && continue
-			lvchange -ay "$first"
-			exit 1
-			;;
-		swapon)
-			came_back "$first" "$second" "$third" "$fourth" "$fifth"
-			found=$(device "$first" "$second" "$third" "$fourth" "$fifth")
-			grep -q "^${found}[[:space:]]" /proc/swaps || swapon "$found" || exit 1
-			;;
-		mount)
-			mountpoint -q "$first" && continue
-			source=$fourth
-			if [ -n "$fifth" ]; then
-				came_back "$fourth" "$fifth" "$sixth" "$seventh" "$eighth"
-				source=$(device "$fourth" "$fifth" "$sixth" "$seventh" "$eighth")
-			fi
-			mkdir -p "$first" && mount -t "$second" -o "$third" "$source" "$first" || exit 1
-			;;
-		esac
+		activate) activate "$@" ;;
+		swapon) swap_on "$@" ;;
+		mount) mount_it "$@" ;;
+		esac || failed=1
 	done
+	return "$failed"
+}
+
+log_in() {
+	failed=0
+	while IFS=$tab read -r _ iqn address port; do
+		case $address in *:*) address="[$address]" ;; esac
+		admin -m node -T "$iqn" -p "$address:$port" -l || failed=1
+	done
+	return "$failed"
 }
 
 step() {
@@ -181,12 +207,7 @@ step() {
 		;;
 	forget) forget ;;
 	restore) tar -xpf - -P ;;
-	login)
-		while IFS=$tab read -r _ iqn address port; do
-			case $address in *:*) address="[$address]" ;; esac
-			admin -m node -T "$iqn" -p "$address:$port" -l || exit 1
-		done
-		;;
+	login) log_in ;;
 	mount) mount_again ;;
 	esac
 }

@@ -59,22 +59,36 @@ pub enum IscsiStep {
 }
 
 impl IscsiStep {
-    /// What its script calls it, and what it follows "the guest did not".
-    const fn words(self) -> (&'static str, &'static str) {
+    /// What its script calls it.
+    const fn word(self) -> &'static str {
         match self {
-            Self::Save => ("save", "tell its iSCSI records"),
-            Self::Unmount => ("unmount", "unmount its iSCSI disks"),
-            Self::LogOut => ("logout", "log out of its iSCSI targets"),
-            Self::Forget => ("forget", "remove its iSCSI records"),
-            Self::Restore => ("restore", "write its iSCSI records"),
-            Self::LogIn => ("login", "log in to its iSCSI targets"),
-            Self::Mount => ("mount", "mount its iSCSI disks"),
+            Self::Save => "save",
+            Self::Unmount => "unmount",
+            Self::LogOut => "logout",
+            Self::Forget => "forget",
+            Self::Restore => "restore",
+            Self::LogIn => "login",
+            Self::Mount => "mount",
+        }
+    }
+
+    /// What it does, to follow "the guest did not".
+    #[must_use]
+    pub const fn purpose(self) -> &'static str {
+        match self {
+            Self::Save => "tell its iSCSI records",
+            Self::Unmount => "unmount its iSCSI disks",
+            Self::LogOut => "log out of its iSCSI targets",
+            Self::Forget => "remove its iSCSI records",
+            Self::Restore => "write its iSCSI records",
+            Self::LogIn => "log in to its iSCSI targets",
+            Self::Mount => "mount its iSCSI disks",
         }
     }
 }
 
 /// What a program reads from its standard input: shown nowhere.
-#[derive(Clone, Default, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Input(pub Vec<u8>);
 
 impl std::fmt::Debug for Input {
@@ -136,7 +150,7 @@ impl GuestProgram {
             Self::IscsiSurvey => words(ISCSI_SURVEY, "imaged-iscsi-survey"),
             Self::Iscsi { step, .. } => {
                 let mut words = words(ISCSI_STEP, "imaged-iscsi");
-                words.push(step.words().0.into());
+                words.push(step.word().into());
                 words
             }
         }
@@ -156,16 +170,6 @@ impl GuestProgram {
         match self {
             Self::Iscsi { input, .. } => Some(&input.0),
             _ => None,
-        }
-    }
-
-    /// What it does, to follow "the guest did not".
-    pub(super) const fn purpose(&self) -> &'static str {
-        match self {
-            Self::ThawFuse { .. } => "burn its fuse down",
-            Self::DisarmFuses => "end its fuses",
-            Self::IscsiSurvey => "tell of its iSCSI",
-            Self::Iscsi { step, .. } => step.words().1,
         }
     }
 

@@ -30,18 +30,17 @@ use self::{
     domain::{Described, Odd},
     virsh::{State, Virsh},
 };
-use super::{COMMAND, agent::Agent, guard::Guards, iscsi, within};
+use super::{COMMAND, agent::Agent, guard::Guards, within};
 use crate::{
     error::{Context, Error, Reason, Result},
     model::{
         CompartmentId,
         host::Feature,
         instance::{Instance, Machine, PowerState},
-        iscsi::Iscsi,
         live::{Backup, OfHost, Run, SnapshotUndo, Undo},
         upload::ResumeSource,
     },
-    port::{BoxFuture, Hypervisor, LiveSnapshot, Prepared, Secret, SnapshotOrder},
+    port::{BoxFuture, Hypervisor, LiveSnapshot, Prepared, SnapshotOrder},
     recorder::Recorder,
 };
 
@@ -98,6 +97,15 @@ impl LibvirtHost {
             }
             Machine::Qemu(_) => Err(Error::new(Reason::Internal, "it is no domain of libvirt's")),
         }
+    }
+
+    /// The agent of a domain's guest.
+    ///
+    /// # Errors
+    ///
+    /// `HYPERVISOR_UNAVAILABLE`.
+    pub(super) fn agent(&self, machine: &Machine, recorder: Arc<Recorder>) -> Result<Agent> {
+        Ok(Agent::of_domain(self.line(machine, recorder)?))
     }
 
     /// Every domain, and those that can be no instance.
@@ -214,46 +222,6 @@ impl Hypervisor for LibvirtHost {
                     PowerState::Unknown(why.join(": "))
                 }
             }
-        })
-    }
-
-    fn iscsi<'a>(&'a self, instance: &'a Instance) -> BoxFuture<'a, Result<Iscsi>> {
-        Box::pin(async move {
-            let line = self.line(&instance.machine, Arc::default())?;
-            iscsi::survey(&Agent::of_domain(line), &instance.name).await
-        })
-    }
-
-    fn keep_iscsi<'a>(
-        &'a self,
-        instance: &'a Instance,
-        recorder: Arc<Recorder>,
-    ) -> BoxFuture<'a, Result<Option<Secret>>> {
-        Box::pin(async move {
-            let agent = Agent::of_domain(self.line(&instance.machine, recorder)?);
-            iscsi::keep(&agent, &instance.name).await
-        })
-    }
-
-    fn disconnect_iscsi<'a>(
-        &'a self,
-        machine: &'a Machine,
-        kept: &'a Secret,
-        recorder: Arc<Recorder>,
-    ) -> BoxFuture<'a, Result<()>> {
-        Box::pin(async move {
-            iscsi::disconnect(&Agent::of_domain(self.line(machine, recorder)?), kept).await
-        })
-    }
-
-    fn reconnect_iscsi<'a>(
-        &'a self,
-        machine: &'a Machine,
-        kept: &'a Secret,
-        recorder: Arc<Recorder>,
-    ) -> BoxFuture<'a, Result<()>> {
-        Box::pin(async move {
-            iscsi::reconnect(&Agent::of_domain(self.line(machine, recorder)?), kept).await
         })
     }
 
