@@ -227,7 +227,7 @@ pub(super) mod tests {
         {"execute":"guest-fsfreeze-freeze"}
         {"execute":"guest-fsfreeze-thaw"}
         {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","\ntrap 'kill \"$!\"; exit 0' TERM\nsleep \"$1\" & wait \"$!\"\nblew=0\nwhile read -r device mount rest; do\n    fsfreeze --unfreeze \"$(printf %b \"$mount\")\" 2>/dev/null && blew=10\ndone </proc/self/mounts\nexit \"$blew\"\n","imaged-thaw-fuse","30"],"capture-output":false}}
-        {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","\nfuses=$(grep -ls 'imaged-thaw-fus[e]' /proc/[0-9]*/cmdline) || exit 1\nfor fuse in $fuses; do\n    fuse=${fuse%/cmdline}\n    kill -s TERM \"${fuse#/proc/}\"\ndone\n","imaged-disarm"],"capture-output":false}}
+        {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c","\nfuses=$(grep -ls 'imaged-thaw-fus[e]' /proc/[0-9]*/cmdline) || exit 1\nfor fuse in $fuses; do\n    fuse=${fuse%/cmdline}\n    kill -s TERM \"${fuse#/proc/}\" 2>/dev/null\ndone\nexit 0\n","imaged-disarm"],"capture-output":false}}
         {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c",<iscsi-survey.sh>,"imaged-iscsi-survey"],"capture-output":true}}
         {"execute":"guest-exec","arguments":{"path":"/bin/sh","arg":["-c",<iscsi-step.sh>,"imaged-iscsi","logout"],"input-data":"c2Vzc2lvbgkxCg==","capture-output":true}}
         {"execute":"guest-exec-status","arguments":{"pid":42}}
